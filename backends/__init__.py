@@ -1,0 +1,1 @@
+"""Backends: a Program in, an Artifact out, and the runtime that loads it."""

@@ -1,0 +1,1 @@
+"""The reference backend: runs a Program in PyTorch."""

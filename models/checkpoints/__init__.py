@@ -1,0 +1,1 @@
+"""Trained weights and the small data they are checked on."""

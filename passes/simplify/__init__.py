@@ -1,0 +1,1 @@
+"""Passes that keep what a program computes and make it simpler."""
