@@ -11,7 +11,7 @@
       BudgetNotMet            exit 1: it worked, but not within the budget
       InternalError           exit 3: a defect of mopt
 
-Each error has a stable kebab-case ``code``, a message, an optional ``hint`` and an optional ``site``
+Each error has a stable kebab-case ``code``, a message, an optional ``hint`` and ``site``
 (module path, pass, node or source line).
 """
 

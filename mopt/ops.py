@@ -201,7 +201,7 @@ def _(indices: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
 
 @torch.library.custom_op("mopt::widen", mutates_args=())
 def widen(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight stored in 16 bits and computed with in ``dtype``: storage is smaller, math is not."""
+    """A weight stored in 16 bits and computed with in ``dtype``: only storage is smaller."""
     return weight.to(dtype, copy=True)
 
 

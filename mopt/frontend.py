@@ -1,0 +1,248 @@
+"""Capture: from a user's module to a Program, through ``torch.export``.
+
+When the whole model does not export, capture goes down the module tree: the largest submodules
+that do export become Programs, the rest stays eager and calls them (``mopt/islands.py``).
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import Dim
+from torch.utils import _pytree as pytree
+
+from mopt.errors import CaptureError, InputError, quote
+from mopt.program import Coverage, Program
+
+_TORCH_ROOT = str(Path(torch.__file__).parent)
+_MOPT_ROOT = str(Path(__file__).parent)
+
+
+def capture(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any],
+    dynamic_shapes: Any = None,
+    *,
+    require_coverage: float = 0.0,
+) -> Program:
+    """The model as a Program (or, in parts, an ``IslandProgram``); the model is left unchanged.
+
+    ``example_inputs`` is a tuple of positional inputs or a mapping of keyword inputs;
+    ``dynamic_shapes`` is what ``torch.export.export`` takes. The model is captured in eval mode
+    and its training flag is put back. Raises InputError for inputs the model cannot run on, and
+    CaptureError when less than ``require_coverage`` (0 to 1) of the parameters or of the FLOPs
+    could be captured.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"expected a torch.nn.Module, found {type(model).__name__}", code="not-a-module"
+        )
+    args, kwargs = normalize_inputs(example_inputs)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        _check_runs(model, args, kwargs)
+        program = _capture_whole_or_parts(model, args, kwargs, dynamic_shapes)
+    finally:
+        for module, training in modes:
+            module.training = training
+    _require(program.coverage, require_coverage)
+    return program
+
+
+def normalize_inputs(
+    example_inputs: tuple[Any, ...] | Mapping[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword inputs from either form a user may give."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
+        return tuple(example_inputs), {}
+    raise InputError(
+        f"example inputs must be a tuple or a mapping, found {quote(type(example_inputs).__name__)}",
+        code="bad-example-inputs",
+        hint="pass (tensor,) for one positional input or {'name': tensor} for keyword inputs",
+    )
+
+
+def export_program(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> Program:
+    """The whole model through ``torch.export``; raises whatever export raises."""
+    traced_args, traced_kwargs = _grow_ones(model, args, kwargs, dynamic_shapes)
+    with _quiet(), torch.no_grad():
+        exported = torch.export.export(
+            model, traced_args, traced_kwargs or None, dynamic_shapes=dynamic_shapes, strict=False
+        )
+        mutated = exported.graph_signature.buffers_to_mutate
+        if mutated:
+            names = ", ".join(sorted(mutated.values())[:3])
+            raise CaptureError(
+                f"forward writes to buffers of the model ({names}), which an artifact cannot keep",
+                code="buffer-mutation",
+                hint="return the new state from forward, or freeze it before compiling",
+            )
+        module = exported.module(check_guards=False)
+    for node in list(module.graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            module.graph.erase_node(node)
+    module.recompile()
+    for parameter in module.parameters():
+        parameter.requires_grad_(parameter.requires_grad)
+    return Program(module, args, kwargs, dynamic_shapes, name=type(model).__name__)
+
+
+def _capture_whole_or_parts(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> Program:
+    try:
+        return export_program(model, args, kwargs, dynamic_shapes)
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:  # torch.export has no common base for what it raises
+        from mopt.islands import capture_islands
+
+        _reject_bad_dynamic_shapes(error)
+        return capture_islands(model, args, kwargs, error)
+
+
+def _reject_bad_dynamic_shapes(error: Exception) -> None:
+    text = str(error)
+    if type(error).__name__ == "UserError" and "dynamic_shapes" in text.split("\n")[0]:
+        raise InputError(
+            f"dynamic_shapes do not fit the inputs: {shorten_reason(error)}",
+            code="bad-dynamic-shapes",
+            hint="use the form of torch.export.export: {'input': {0: Dim('batch')}}",
+        ) from error
+
+
+def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for tensor in pytree.tree_leaves((args, kwargs)):
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+            if not bool(torch.isfinite(tensor).all()):
+                raise InputError("an example input holds NaN or infinity", code="non-finite-input")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and bool(torch.isnan(tensor).any()):
+            raise InputError(
+                f"weight {name!r} holds NaN",
+                code="non-finite-weight",
+                hint="load a sound checkpoint; a compressed NaN would poison the whole layer",
+            )
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model(*args, **kwargs)
+    except Exception as error:  # the user's forward may raise anything
+        shapes = [tuple(t.shape) for t in pytree.tree_leaves((args, kwargs))
+                  if isinstance(t, torch.Tensor)]  # fmt: skip
+        raise InputError(
+            f"the model does not run on its example inputs of shapes {shapes}: "
+            f"{type(error).__name__}: {first_line(error)}",
+            code="model-does-not-run",
+            site=user_site(error),
+            hint="call model(*example_inputs) yourself first",
+        ) from error
+
+
+def _require(coverage: Coverage, required: float) -> None:
+    share = min(coverage.parameters, coverage.flops)
+    if share < required:
+        worst = max(coverage.outside, key=lambda part: (part.flops, part.parameters))
+        raise CaptureError(
+            f"{share:.1%} of the model was captured, {required:.1%} are required; "
+            f"outside: {worst.path or 'the top module'} ({worst.reason})",
+            code="coverage",
+            site=worst.source or None,
+        )
+
+
+def _grow_ones(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs whose dynamic dimensions of size 1 are doubled: export would fix a 1 for good."""
+    if not dynamic_shapes:
+        return args, kwargs
+    names = [
+        name
+        for name, parameter in inspect.signature(model.forward).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    ]
+    positional = dict(zip(names, args, strict=False))
+
+    def grow(value: Any, shape: Any) -> Any:
+        if isinstance(value, torch.Tensor) and isinstance(shape, Mapping | tuple | list):
+            dims = shape.items() if isinstance(shape, Mapping) else enumerate(shape)
+            for dim, size in dims:
+                if size is not None and not isinstance(size, int) and size is not Dim.STATIC:
+                    if value.shape[dim] == 1:
+                        value = torch.cat([value, value], dim)
+            return value
+        if isinstance(value, Mapping) and isinstance(shape, Mapping):
+            return type(value)({k: grow(v, shape.get(k)) for k, v in value.items()})  # type: ignore[call-arg]
+        if isinstance(value, list | tuple) and isinstance(shape, list | tuple):
+            return type(value)(grow(v, s) for v, s in zip(value, shape, strict=True))
+        return value
+
+    if isinstance(dynamic_shapes, Mapping):
+        grown = {k: grow(v, dynamic_shapes.get(k)) for k, v in {**positional, **kwargs}.items()}
+        head = list(positional)
+        return (
+            tuple(grown[name] for name in head) + args[len(head) :],
+            {name: grown[name] for name in kwargs},
+        )
+    everything = [*args, *kwargs.values()]
+    grown_list = [grow(v, s) for v, s in zip(everything, dynamic_shapes, strict=False)]
+    grown_list += everything[len(grown_list) :]
+    return tuple(grown_list[: len(args)]), dict(zip(kwargs, grown_list[len(args) :], strict=True))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep export's log lines and deprecation warnings from the user, who cannot act on them."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._dynamo", "torch.fx")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def first_line(error: BaseException) -> str:
+    """The first non-empty line of an error's text, at most 200 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def shorten_reason(error: BaseException) -> str:
+    """What torch said, reduced to what a user can act on."""
+    name, line = type(error).__name__, first_line(error)
+    known = {
+        "GuardOnDataDependentSymNode": "a Python branch or loop depends on a tensor's value",
+        "Unsupported": line,
+    }
+    return known.get(name, line if name in ("UserError", "CaptureError") else f"{name}: {line}")
+
+
+def user_site(error: BaseException) -> str | None:
+    """``file:line`` of the innermost frame of the user's own code in an error's traceback."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((_TORCH_ROOT, _MOPT_ROOT, "<"))
+    ]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
