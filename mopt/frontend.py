@@ -98,8 +98,6 @@ def export_program(
         if node.op == "get_attr" and not node.users:
             module.graph.erase_node(node)
     module.recompile()
-    for parameter in module.parameters():
-        parameter.requires_grad_(parameter.requires_grad)
     return Program(module, args, kwargs, dynamic_shapes, name=type(model).__name__)
 
 

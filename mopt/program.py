@@ -96,7 +96,9 @@ class Program:
         Weights that no node reads are left behind.
         """
         graph = _copy_graph(self.graph)
-        module = fx.GraphModule(self.graph_module, graph, class_name=type(self.graph_module).__name__)
+        module = fx.GraphModule(
+            self.graph_module, graph, class_name=type(self.graph_module).__name__
+        )
         module.train(self.graph_module.training)
         return Program(
             module, self.args, self.kwargs, self.dynamic_shapes, self.name, self.path,
