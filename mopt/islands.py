@@ -50,6 +50,7 @@ class IslandProgram(Program):
             name=self.name,
             coverage=self.coverage,
             plan=copy.deepcopy(self.plan),
+            steps=list(self.steps),
             module=with_calls(self.eager, calls, self.islands),
             islands=parts,
             eager=self.eager,

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -24,6 +24,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from mopt.errors import PassError
 from mopt.flops import node_flops
+
+if TYPE_CHECKING:
+    from mopt.pipeline import Step
 
 _TORCH_ROOT = str(Path(torch.__file__).parent)
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
@@ -61,7 +64,7 @@ class Program:
 
     ``args`` and ``kwargs`` are the example inputs; ``dynamic_shapes`` has the form that
     ``torch.export.export`` takes. ``plan`` holds what passes decided for later stages (memory,
-    schedule), as JSON-like data. ``path`` is the module path of the part this graph was captured
+    schedule), as JSON-like data; ``steps`` tells which passes made the program. ``path`` is the module path of the part this graph was captured
     from, empty for a whole model.
     """
 
@@ -73,6 +76,7 @@ class Program:
     path: str = ""
     coverage: Coverage = field(default_factory=Coverage)
     plan: dict[str, Any] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
 
     # ---- structure
 
@@ -102,7 +106,7 @@ class Program:
         module.train(self.graph_module.training)
         return Program(
             module, self.args, self.kwargs, self.dynamic_shapes, self.name, self.path,
-            self.coverage, copy.deepcopy(self.plan),
+            self.coverage, copy.deepcopy(self.plan), list(self.steps),
         )  # fmt: skip
 
     def refresh(self) -> None:

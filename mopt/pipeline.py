@@ -1,0 +1,267 @@
+"""The one loop that runs passes, and checks every claim they make.
+
+For each pass: copy, run, compare the ``changed`` claim with the fingerprint both ways, verify the
+graph, and compare outputs on the sample inputs with those before the pass (exact: equal; rounding:
+within the pass's bound; lossy: recorded).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from mopt.errors import MoptError, PassError, quote
+from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip
+from mopt.program import Program, site_of
+from mopt.quality import Drift, drift
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one pass did to a program. ``drift`` is against the captured program."""
+
+    name: str
+    numerics: str
+    options: dict[str, Any]
+    changed: bool
+    seconds: float
+    bytes_before: int
+    bytes_after: int
+    flops_before: int
+    flops_after: int
+    stats: dict[str, Any] = field(default_factory=dict)
+    skipped: tuple[Skip, ...] = ()
+    drift: Drift | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The step as plain data for the report."""
+        return {
+            "name": self.name,
+            "numerics": self.numerics,
+            "options": self.options,
+            "changed": self.changed,
+            "seconds": round(self.seconds, 4),
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "flops_before": self.flops_before,
+            "flops_after": self.flops_after,
+            "stats": self.stats,
+            "skipped": [{"site": s.site, "reason": s.reason} for s in self.skipped],
+            "drift": self.drift.as_json() if self.drift else None,
+        }
+
+
+class Pipeline:
+    """Passes in order. ``watchers`` are called with every finished Step."""
+
+    def __init__(
+        self, passes: Iterable[Pass], watchers: Sequence[Callable[[Step], None]] = ()
+    ) -> None:
+        self.passes = tuple(passes)
+        self.watchers = tuple(watchers)
+
+    def run(self, program: Program, context: PassContext | None = None) -> Program:
+        """A new program after every pass; ``program`` is untouched and ``.steps`` tells the story.
+
+        Raises PassError when a pass breaks a promise, naming the pass, the first node whose value
+        differs and its source line; any error of a pass itself is wrapped the same way.
+        """
+        ctx = context or PassContext()
+        captured = {path: _outputs(part) for path, part in program.parts().items()}
+        current = program
+        before = captured
+        steps: list[Step] = list(program.steps)
+        for index, one in enumerate(self.passes):
+            ctx.progress.step(index, len(self.passes), f"passes, now {one.pass_name}")
+            ctx.check_time(f"running {one.pass_name}")
+            current, before, step = _run_one(one, current, before, captured, ctx)
+            steps.append(step)
+            for watcher in self.watchers:
+                watcher(step)
+        result = current if self.passes else program.copy()
+        result.steps = steps
+        return result
+
+
+def _run_one(
+    one: Pass,
+    program: Program,
+    before: dict[str, list[Any]],
+    captured: dict[str, list[Any]],
+    ctx: PassContext,
+) -> tuple[Program, dict[str, list[Any]], Step]:
+    started = time.perf_counter()
+    candidate = program.copy()
+    results: list[PassResult] = []
+    after: dict[str, list[Any]] = {}
+    old_parts, changed = program.parts(), False
+    for path, part in candidate.parts().items():
+        result = _run_part(one, old_parts[path], part, ctx)
+        results.append(result)
+        changed = changed or result.changed
+        after[path] = _outputs(part) if result.changed else before[path]
+        _check_numerics(one, old_parts[path], part, before[path], after[path])
+    pairs = [(captured[path], after[path]) for path in captured]
+    step = Step(
+        name=one.pass_name,
+        numerics=one.numerics.value,
+        options=one.options(),
+        changed=changed,
+        seconds=time.perf_counter() - started,
+        bytes_before=program.size_bytes(),
+        bytes_after=candidate.size_bytes(),
+        flops_before=program.flops(),
+        flops_after=candidate.flops(),
+        stats=_merge_stats(results),
+        skipped=tuple(skip for result in results for skip in result.skipped),
+        drift=drift([t for ref, _ in pairs for t in ref], [t for _, new in pairs for t in new]),
+    )
+    return candidate, after, step
+
+
+def _run_part(one: Pass, old: Program, part: Program, ctx: PassContext) -> PassResult:
+    reason = one.requires(part, ctx)
+    if reason:
+        raise PassError(f"{one.pass_name}: {reason}", code="pass-requires")
+    try:
+        result = one.run(part, ctx)
+        part.refresh()
+    except (MoptError, KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:  # a pass may fail in any way; the pipeline names it
+        raise PassError(
+            f"{one.pass_name}: failed with {type(error).__name__}: {error}",
+            code="pass-failed",
+            hint="run with -v for the traceback, or leave the pass out",
+        ) from error
+    part.verify()
+    differs = old.fingerprint() != part.fingerprint()
+    if differs != result.changed:
+        said, found = ("changed", "is the same") if result.changed else ("unchanged", "differs")
+        raise PassError(
+            f"{one.pass_name}: says the program is {said}, but its fingerprint {found}",
+            code="false-claim",
+        )
+    broken = one.ensures(part, ctx)
+    if broken:
+        raise PassError(f"{one.pass_name}: did not keep its promise: {broken}", code="pass-ensures")
+    return result
+
+
+def _outputs(part: Program) -> list[Any]:
+    return [t for t in part.run_flat(*part.args, **part.kwargs) if isinstance(t, Tensor)]
+
+
+def _check_numerics(
+    one: Pass, old: Program, new: Program, before: list[Tensor], after: list[Tensor]
+) -> None:
+    if before is after:
+        return
+    if len(before) != len(after):
+        raise PassError(
+            f"{one.pass_name}: the program has {len(after)} outputs, it had {len(before)}",
+            code="output-count",
+        )
+    for expected, found in zip(before, after, strict=True):
+        if expected.shape != found.shape or expected.dtype != found.dtype:
+            raise PassError(
+                f"{one.pass_name}: an output became {found.dtype} {tuple(found.shape)}, "
+                f"it was {expected.dtype} {tuple(expected.shape)}",
+                code="output-shape",
+            )
+    finite = all(bool(torch.isfinite(t).all()) for t in after if t.is_floating_point())
+    was_finite = all(bool(torch.isfinite(t).all()) for t in before if t.is_floating_point())
+    if was_finite and not finite:
+        _diverged(one, old, new, math.inf, "gives NaN or infinity")
+    if one.numerics is Numerics.EXACT:
+        for expected, found in zip(before, after, strict=True):
+            if not torch.equal(expected, found) and not _same_with_nan(expected, found):
+                _diverged(one, old, new, 0.0, "is exact, but changes the output")
+    elif one.numerics is Numerics.ROUNDING:
+        found_drift = drift(before, after).relative
+        if not found_drift <= one.tolerance:
+            _diverged(
+                one, old, new, one.tolerance,
+                f"moves the output by {found_drift:.2e} of its range, "
+                f"its bound is {one.tolerance:.0e}",
+            )  # fmt: skip
+
+
+def _same_with_nan(expected: Tensor, found: Tensor) -> bool:
+    return expected.is_floating_point() and torch.allclose(
+        expected, found, rtol=0, atol=0, equal_nan=True
+    )
+
+
+def _diverged(one: Pass, old: Program, new: Program, bound: float, what: str) -> None:
+    node = first_diverging_node(old, new, bound)
+    where = f"; first at node {node.name!r}" if node is not None else ""
+    raise PassError(
+        f"{one.pass_name}: {what}{where}",
+        code="numerics",
+        site=site_of(node) if node is not None else None,
+        hint="leave the layer out with skip=..., or report the pass",
+    )
+
+
+def first_diverging_node(old: Program, new: Program, bound: float) -> fx.Node | None:
+    """The first node present in both programs whose value on the sample inputs differs.
+
+    ``bound`` is the relative difference allowed; infinity looks for the first non-finite value.
+    """
+    values: dict[str, Tensor] = {}
+
+    def remember(node: fx.Node, value: Any) -> None:
+        if node.op == "call_function" and isinstance(value, Tensor):
+            values[node.name] = value
+
+    old.interpret(remember, old.args, old.kwargs)
+    found: list[fx.Node] = []
+
+    def compare(node: fx.Node, value: Any) -> None:
+        if found or node.name not in values or not isinstance(value, Tensor):
+            return
+        expected = values[node.name]
+        if expected.shape != value.shape:
+            return
+        if math.isinf(bound):
+            wrong = not bool(torch.isfinite(value).all()) if value.is_floating_point() else False
+        elif bound == 0:
+            wrong = not torch.equal(expected, value) and not _same_with_nan(expected, value)
+        else:
+            wrong = not drift([expected], [value]).relative <= bound
+        if wrong:
+            found.append(node)
+
+    new.interpret(compare, new.args, new.kwargs)
+    return found[0] if found else None
+
+
+def _merge_stats(results: list[PassResult]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for result in results:
+        for key, value in result.stats.items():
+            both_numbers = isinstance(value, int | float) and isinstance(
+                merged.get(key), int | float
+            )
+            if both_numbers:
+                merged[key] = merged[key] + value
+            elif isinstance(value, dict) and isinstance(merged.get(key), dict):
+                merged[key] = {**merged[key], **value}
+            elif isinstance(value, Tensor):
+                raise PassError(f"statistic {quote(key)} is a tensor", code="bad-statistics")
+            else:
+                merged[key] = value
+    return merged
+
+
+def flat_tensors(outputs: Any) -> list[Tensor]:
+    """The tensors in a model's outputs, in order."""
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
