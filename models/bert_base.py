@@ -1,0 +1,17 @@
+"""BERT-base-shaped encoder, 12 layers of width 768, attention mask, mean pooling (untrained)."""
+
+from __future__ import annotations
+
+from mopt.models._bert import Encoder, draw, dynamic_shapes
+from mopt.models._entry import untrained
+from torch import nn
+
+NAME = "bert-base"
+TRAINED = False
+
+
+def make() -> nn.Module:
+    return Encoder(layers=12, width=768, heads=12)
+
+
+MODEL = untrained(name=NAME, summary=__doc__, make=make, draw=draw, dynamic_shapes=dynamic_shapes)
