@@ -1,0 +1,1 @@
+"""One translation of a ``mopt::`` operator to ONNX per file."""
