@@ -1,0 +1,233 @@
+"""What a weight format is, and finding formats by name.
+
+A format says what a weight may become, which ``mopt::`` operator computes with it and what that
+takes in bytes. It does not choose the values: an algorithm (a pass) may give it a grid of scales
+and zero points, or weights that already lie on one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, fx
+
+from mopt.errors import InputError, unknown_name
+from mopt.formats.grid import Grid
+from mopt.layers import Layer
+from mopt.program import Program
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A weight in a format: the tensors its operator reads, by argument name.
+
+    ``shape`` is the shape of the weight before encoding. Optional tensors are absent, not None.
+    """
+
+    format: str
+    shape: tuple[int, ...]
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class Format(ABC):
+    """A frozen, hashable description of how weights are stored and computed with.
+
+    ``bits`` is the width of one code, without scales; ``kinds`` the layer kinds it serves;
+    ``operator`` the ``mopt::`` operator it lowers to; ``kernels`` the (backend, device kind) pairs
+    that have a kernel for it faster than computing the decoded weight anew.
+    """
+
+    kinds: ClassVar[frozenset[str]] = frozenset()
+    operator: ClassVar[str] = ""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The name ``find_format`` gives this format back for."""
+
+    @property
+    @abstractmethod
+    def bits(self) -> int:
+        """Bits of one code."""
+
+    @property
+    def kernels(self) -> frozenset[tuple[str, str]]:
+        """(backend, device kind) pairs with a kernel; the eager backend runs every format."""
+        return frozenset()
+
+    @classmethod
+    @abstractmethod
+    def parse(cls, name: str) -> Format | None:
+        """The format of this family with that name, or None."""
+
+    @classmethod
+    @abstractmethod
+    def names(cls) -> tuple[str, ...]:
+        """Names of the family that are worth trying, for listings and choosers."""
+
+    def check(self, layer: Layer, weight: Tensor) -> str | None:
+        """Why a layer cannot have this format, in words its owner can act on, or None."""
+        if layer.kind not in self.kinds:
+            return f"{self.name} is for {' and '.join(sorted(self.kinds))}, this is {layer.kind}"
+        if not weight.is_floating_point():
+            return f"the weight is {_dtype_name(weight.dtype)}, not floating point"
+        return None
+
+    @abstractmethod
+    def encode(self, weight: Tensor, *, grid: Grid | None = None) -> Encoded:
+        """The weight in this format. Raises InputError if it holds NaN or infinity."""
+
+    @abstractmethod
+    def decode(self, encoded: Encoded) -> Tensor:
+        """The weight an encoding stands for, in the shape before encoding."""
+
+    @abstractmethod
+    def size_bytes(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> int:
+        """Exactly the bytes that encoding a weight of this shape and dtype takes."""
+
+    @abstractmethod
+    def place(self, program: Program, layer: Layer, encoded: Encoded) -> None:
+        """Replace the layer's calls by this format's operator reading the encoded tensors."""
+
+
+@dataclass(frozen=True)
+class GridFormat(Format):
+    """A format whose values are (code - zero point) * scale, in groups along the last axis.
+
+    Algorithms that round column by column use :meth:`grid` and :meth:`quantize_columns`, then
+    :meth:`encode` with the grid: values that lie on the grid keep their codes.
+    """
+
+    @abstractmethod
+    def grid(
+        self, weight: Tensor, *, ranges: str = "mse", importance: Tensor | None = None
+    ) -> Grid:
+        """Scales and zero points for ``weight`` (rows, columns), or for a slice of its columns.
+
+        ``ranges`` is "min-max" or "mse"; ``importance`` (columns) weighs the squared errors that
+        "mse" minimizes.
+        """
+
+    @abstractmethod
+    def group_of(self, columns: int) -> int:
+        """How many neighbouring columns of a weight with that many share a scale."""
+
+    def quantize_columns(self, columns: Tensor, grid: Grid, group: int, start: int) -> Tensor:
+        """``columns`` (rows, n) on the grid; the first is column ``start`` of the whole weight.
+
+        ``group`` is :meth:`group_of` the whole weight's columns. The result is float32.
+        """
+        at = torch.arange(start, start + columns.shape[1], device=columns.device) // group
+        scales = grid.scales.float()[:, at]
+        zeros = grid.zero_points[:, at] if grid.zero_points is not None else None
+        codes = round_codes(columns.float(), scales, zeros, self.bits)
+        return (codes - (2 ** (self.bits - 1) if zeros is None else zeros)) * scales
+
+
+def round_codes(values: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
+    """Unsigned codes as floats: ``clamp(rne(x / scale) + zero, 0, 2**bits - 1)``, ONNX's order."""
+    zero = 2 ** (bits - 1) if zeros is None else zeros
+    return torch.clamp(torch.round(values / scales) + zero, 0, 2**bits - 1)
+
+
+def require_finite(weight: Tensor, path: str = "", source: str | None = None) -> None:
+    """Raise InputError naming the layer when a weight holds NaN or infinity."""
+    if bool(torch.isfinite(weight).all()):
+        return
+    bad = int((~torch.isfinite(weight)).sum())
+    where = f" of {path!r}" if path else ""
+    raise InputError(
+        f"the weight{where} holds {bad} values that are NaN or infinite",
+        code="non-finite-weight",
+        site=source or None,
+        hint="load a sound checkpoint; one such value would poison the scale of its whole group",
+    )
+
+
+def store(program: Program, layer: Layer, encoded: Encoded) -> dict[str, fx.Node]:
+    """Add the encoded tensors beside the layer's weight: one node each, before its first call."""
+    base = str(layer.weight.target)
+    return {
+        name: program.add_weight(f"{base}_{name}", tensor, layer.calls[0])
+        for name, tensor in encoded.tensors.items()
+    }
+
+
+def swap_calls(
+    program: Program,
+    layer: Layer,
+    target: Any,
+    arguments: Callable[[fx.Node], tuple[Any, ...]],
+) -> None:
+    """Replace each call of a layer by ``target(*arguments(call))`` and drop the weight's readers.
+
+    Readers of the weight that other layers use stay.
+    """
+    readers = {argument for call in layer.calls for argument in call.all_input_nodes
+               if argument.op == "get_attr" and argument.target == layer.weight.target}  # fmt: skip
+    for call in layer.calls:
+        program.replace_call(call, target, arguments(call))
+    for reader in readers:
+        if not reader.users:
+            program.graph.erase_node(reader)
+
+
+def record(program: Program, layer: Layer, name: str) -> None:
+    """Note in the program's plan which format a layer got: ``plan["formats"][path]``."""
+    program.plan.setdefault("formats", {})[layer.path] = name
+
+
+def argument(call: fx.Node, position: int, name: str) -> Any:
+    """An argument of a call by position or keyword, None if it was left at its default."""
+    return call.args[position] if len(call.args) > position else call.kwargs.get(name)
+
+
+F = TypeVar("F", bound=type[Format])
+_families: list[type[Format]] = []
+
+
+def register_format(cls: F) -> F:
+    """Make a family's formats known to :func:`find_format`."""
+    _families.append(cls)
+    return cls
+
+
+@cache
+def families() -> tuple[type[Format], ...]:
+    """Every family in this folder, in the order of the files' names."""
+    import mopt.formats as package
+
+    for module in sorted(iter_modules(package.__path__), key=lambda m: m.name):
+        import_module(f"{package.__name__}.{module.name}")
+    return tuple(sorted(_families, key=lambda cls: cls.__module__))
+
+
+def list_formats() -> tuple[str, ...]:
+    """The names that the families offer; more may be valid, such as other group sizes."""
+    return tuple(name for family in families() for name in family.names())
+
+
+def find_format(name: str) -> Format:
+    """A format by name. Raises UsageError with the nearest known name."""
+    for family in families():
+        found = family.parse(name)
+        if found is not None:
+            return found
+    raise unknown_name("format", name, list_formats(), ", ".join(list_formats()[:6]) + ", ...")
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,136 @@
+"""Symmetric 8-bit codes with one scale per output channel or table row."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mopt.formats.base import (
+    Encoded,
+    GridFormat,
+    argument,
+    record,
+    register_format,
+    require_finite,
+    store,
+    swap_calls,
+)
+from mopt.formats.grid import SCALE_FLOOR, Grid, search_grid
+from mopt.layers import Layer
+from mopt.program import Program
+
+
+@dataclass(frozen=True)
+class _Int8Rows(GridFormat):
+    """Codes int8 in the weight's own shape, scales float32, one per index of axis 0."""
+
+    limit: ClassVar[int] = 127
+
+    @property
+    def bits(self) -> int:
+        return 8
+
+    def group_of(self, columns: int) -> int:
+        return columns
+
+    def grid(
+        self, weight: Tensor, *, ranges: str = "mse", importance: Tensor | None = None
+    ) -> Grid:
+        require_finite(weight)
+        flat = weight.reshape(len(weight), -1)
+        group = self.group_of(flat.shape[1])
+        found = search_grid(flat, group, 8, symmetric=True, ranges=ranges, importance=importance)
+        # The search ends at 127 steps; a narrower code range needs wider steps.
+        scales = found.scales * (127 / self.limit)
+        return Grid(scales.clamp(min=SCALE_FLOOR).float())
+
+    def encode(self, weight: Tensor, *, grid: Grid | None = None) -> Encoded:
+        require_finite(weight)
+        grid = self.grid(weight) if grid is None else grid
+        flat = weight.reshape(len(weight), -1).float()
+        group = self.group_of(flat.shape[1])
+        steps = grid.scales.float().repeat_interleave(group, dim=1)[:, : flat.shape[1]]
+        codes = torch.round(flat / steps).clamp(-self.limit, self.limit).to(torch.int8)
+        tensors = {"codes": codes.view(weight.shape), "scales": self._stored(grid.scales)}
+        return Encoded(self.name, tuple(weight.shape), tensors)
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        codes = encoded.tensors["codes"]
+        flat = codes.reshape(len(codes), -1).float()
+        scales = encoded.tensors["scales"].reshape(len(codes), -1)
+        group = self.group_of(flat.shape[1])
+        steps = scales.repeat_interleave(group, dim=1)[:, : flat.shape[1]]
+        return (flat * steps).view(encoded.shape)
+
+    def quantize_columns(self, columns: Tensor, grid: Grid, group: int, start: int) -> Tensor:
+        at = torch.arange(start, start + columns.shape[1], device=columns.device) // group
+        steps = grid.scales.float()[:, at]
+        return torch.round(columns.float() / steps).clamp(-self.limit, self.limit) * steps
+
+    def size_bytes(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> int:
+        rows, columns = shape[0], 1
+        for size in shape[1:]:
+            columns *= size
+        return rows * columns + 4 * rows * -(-columns // self.group_of(columns))
+
+    def check(self, layer: Layer, weight: Tensor) -> str | None:
+        reason = super().check(layer, weight)
+        if reason is None and weight.dtype != torch.float32:
+            kind = str(weight.dtype).removeprefix("torch.")
+            return f"the weight is {kind}, {self.name} computes in float32: call model.float()"
+        return reason
+
+    @abstractmethod
+    def _stored(self, scales: Tensor) -> Tensor:
+        """The scales in the shape the operator reads."""
+
+
+@register_format
+@dataclass(frozen=True)
+class Int8Dynamic(_Int8Rows):
+    """``int8-dynamic``: int8 weights per output channel, activations quantized at run time.
+
+    ``reduced`` (``int8-dynamic-reduced``) keeps codes within [-64, 64]: on x86 processors without
+    VNNI, pairs of larger products overflow the 16 bits they are added in.
+    """
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
+    operator: ClassVar[str] = "mopt::linear_dynamic_int8"
+
+    reduced: bool = False
+
+    @property
+    def limit(self) -> int:  # type: ignore[override]
+        return 64 if self.reduced else 127
+
+    @property
+    def name(self) -> str:
+        return "int8-dynamic-reduced" if self.reduced else "int8-dynamic"
+
+    @property
+    def kernels(self) -> frozenset[tuple[str, str]]:
+        return frozenset({("onnx", "cpu")})
+
+    @classmethod
+    def parse(cls, name: str) -> Int8Dynamic | None:
+        return {"int8-dynamic": cls(), "int8-dynamic-reduced": cls(reduced=True)}.get(name)
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        return ("int8-dynamic", "int8-dynamic-reduced")
+
+    def place(self, program: Program, layer: Layer, encoded: Encoded) -> None:
+        nodes = store(program, layer, encoded)
+
+        def arguments(call: Any) -> tuple[Any, ...]:
+            return call.args[0], nodes["codes"], nodes["scales"], argument(call, 2, "bias")
+
+        swap_calls(program, layer, torch.ops.mopt.linear_dynamic_int8.default, arguments)
+        record(program, layer, self.name)
+
+    def _stored(self, scales: Tensor) -> Tensor:
+        return scales.float().reshape(-1)

@@ -1,0 +1,73 @@
+"""Round the weights of linear layers to 2, 4 or 8 bits in groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mopt.errors import UsageError
+from mopt.formats import Format
+from mopt.formats.int_blocks import IntBlocks
+from mopt.layers import Layer
+from mopt.pass_base import Numerics, Pass, PassContext, PassResult, option, register_pass
+from mopt.passes.quantize._weights import encode_layers, is_small
+from mopt.program import Program
+
+
+@register_pass("quantize-weights", numerics=Numerics.LOSSY)
+@dataclass(frozen=True, kw_only=True)
+class QuantizeWeights(Pass):
+    """Round the weights of linear layers to 2, 4 or 8 bits in groups.
+
+    ## When to use
+    For models whose time goes into reading weights: generating text one token at a time, small
+    batches. No data is needed.
+
+    ## Accuracy
+    Round to nearest. On weights that look normally distributed the squared error is 0.65 percent
+    of the weight's at 4 bits in groups of 32, and below 0.004 percent at 8 bits. `ranges = "mse"`
+    picks each group's scale for the least squared error; "min-max" covers the largest weight.
+    With `activations = "int8"` the kernel also rounds each row and block of the input to 8 bits
+    (about half a percent), which is what makes it fast; "float" keeps the input as it is.
+
+    ## Limits
+    Linear layers only. 2- and 8-bit weights need `activations = "int8"`: with float input ONNX
+    Runtime is about a hundred times slower on a CPU. Layers whose input is much shorter than a
+    group are left alone, because padding would take the gain.
+
+    ## Example
+    A linear of 384 x 384 in float32 (590 kB) becomes 92 kB at 4 bits in groups of 32.
+    """
+
+    bits: int = option(4, choices=(2, 4, 8), help="bits per weight")
+    group: int = option(
+        32, choices=(0, 16, 32, 64, 128), help="weights that share a scale; 0: a whole row"
+    )
+    symmetric: bool = option(True, help="no zero points: fewer bytes, a little more error")
+    ranges: str = option("mse", choices=("mse", "min-max"), help="how scales are chosen")
+    activations: str = option(
+        "int8", choices=("int8", "float"), help="whether a kernel may round the input to 8 bits"
+    )
+    min_size: int = option(4096, min=0, help="leave layers with fewer weights alone")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.activations == "float" and self.bits != 4:
+            raise UsageError(
+                f"quantize-weights: bits is {self.bits} and activations is 'float', for which no "
+                "fast kernel exists",
+                code="no-kernel",
+                hint="use activations='int8', or bits=4",
+            )
+
+    def run(self, program: Program, ctx: PassContext) -> PassResult:
+        wanted = IntBlocks(self.bits, self.group, not self.symmetric, self.activations)
+
+        def choose(layer: Layer, weight: Tensor) -> Format | str:
+            if layer.kind != "linear":
+                return f"only linear layers have a kernel for weights in groups, not {layer.kind}s"
+            return is_small(layer, self.min_size) or wanted
+
+        kinds = ("linear", "convolution", "embedding")
+        return encode_layers(self, program, ctx, kinds, choose, self.ranges)
