@@ -13,9 +13,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from mopt.errors import CaptureError
+from mopt.errors import CaptureError, InputError
 from mopt.frontend import export_program, first_line, shorten_reason, user_site
 from mopt.program import Coverage, Outside, Program
+from mopt.signature import Signature
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -99,32 +100,68 @@ class IslandProgram(Program):
 
 
 class CapturedCall(nn.Module):
-    """Calls ``run`` for inputs of the captured shapes, the original module for any other."""
+    """Calls ``run`` for the inputs it ``accepts``, the original module for any other."""
 
-    def __init__(self, run: Callable[..., Any], original: nn.Module, example: _Call) -> None:
+    def __init__(
+        self,
+        run: Callable[..., Any],
+        original: nn.Module,
+        accepts: Callable[[tuple[Any, ...], dict[str, Any]], bool],
+    ) -> None:
         super().__init__()
         self.run = run
         self.original = original
-        self._expected = _signature(example)
+        self.accepts = accepts
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The part's output, whichever way it is computed."""
         args, kwargs = _canonical(self.original, args, kwargs)
-        if _signature((args, kwargs)) == self._expected:
-            return self.run(*args, **kwargs)
-        return self.original(*args, **kwargs)
+        chosen = self.run if self.accepts(args, kwargs) else self.original
+        return chosen(*args, **kwargs)
 
 
 def with_calls(
     eager: nn.Module, calls: dict[str, Callable[..., Any]], examples: dict[str, Program]
 ) -> nn.Module:
     """A copy of ``eager`` that shares its tensors and runs ``calls`` at the given paths."""
+
+    def accepts(example: Program) -> Callable[[tuple[Any, ...], dict[str, Any]], bool]:
+        expected = _signature((example.args, example.kwargs))
+        return lambda args, kwargs: _signature((args, kwargs)) == expected
+
+    return _replace(eager, calls, {path: accepts(examples[path]) for path in calls})
+
+
+def with_lowered_calls(
+    eager: nn.Module, calls: dict[str, Callable[..., Any]], signatures: dict[str, Signature]
+) -> nn.Module:
+    """As :func:`with_calls`, for lowered parts that state what they take as signatures."""
+
+    def accepts(
+        signature: Signature,
+    ) -> Callable[[tuple[Any, ...], dict[str, Any]], bool]:
+        def check(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+            try:
+                signature.flatten(args, kwargs)
+            except InputError:
+                return False
+            return True
+
+        return check
+
+    return _replace(eager, calls, {path: accepts(signatures[path]) for path in calls})
+
+
+def _replace(
+    eager: nn.Module,
+    calls: dict[str, Callable[..., Any]],
+    accepts: dict[str, Callable[[tuple[Any, ...], dict[str, Any]], bool]],
+) -> nn.Module:
     memo: dict[int, Any] = {id(t): t for t in [*eager.parameters(), *eager.buffers()]}
     module = copy.deepcopy(eager, memo)
+    module.eval()
     for path, run in calls.items():
-        example = examples[path]
-        original = module.get_submodule(path)
-        wrapped = CapturedCall(run, original, (example.args, example.kwargs))
+        wrapped = CapturedCall(run, module.get_submodule(path), accepts[path])
         parent, _, leaf = path.rpartition(".")
         setattr(module.get_submodule(parent), leaf, wrapped)
     return module

@@ -208,3 +208,15 @@ def widen(weight: Tensor, dtype: torch.dtype) -> Tensor:
 @widen.register_fake
 def _(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(weight, dtype=dtype)
+
+
+OPERATORS = frozenset(
+    {
+        "linear_nbits",
+        "linear_dynamic_int8",
+        "quantize",
+        "dequantize",
+        "embedding_int8",
+        "widen",
+    }
+)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from mopt.errors import UsageError, quote, unknown_name
 from mopt.registry import find_pass, list_passes, make_pass, package_folder
-from mopt.safe_read import parse_toml
+from mopt.toml_files import parse_toml
 
 if TYPE_CHECKING:
     from mopt.pass_base import Pass
@@ -62,7 +62,7 @@ class Recipe:
     @staticmethod
     def from_toml(text: bytes | str, source: str = "recipe") -> Recipe:
         """Parse and check a recipe. Raises UsageError or InputError naming the source."""
-        data = parse_toml(text.encode() if isinstance(text, str) else text, source=source)
+        data = parse_toml(text, name=source, error=UsageError).data
         unknown = set(data) - _KEYS
         if unknown:
             raise unknown_name("recipe key", min(unknown), _KEYS, "see docs/recipes.md")

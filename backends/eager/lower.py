@@ -1,0 +1,85 @@
+"""The eager backend: an artifact that PyTorch runs node by node, the reference for all others."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from mopt.backends.eager.graph_file import operator_name, read_graph, write_graph
+from mopt.errors import ArtifactError
+from mopt.json_files import json_bytes, parse_json
+from mopt.pass_base import Skip
+from mopt.program import Program, site_of
+from mopt.safe_read import Folder
+from mopt.safetensors_files import read_torch
+from mopt.signature import Signature
+
+GRAPH = "graph.json"
+WEIGHTS = "weights.safetensors"
+
+
+class EagerRunner:
+    """Runs a graph file in PyTorch."""
+
+    def __init__(self, module: torch.fx.GraphModule, threads: int | None) -> None:
+        self._module: torch.fx.GraphModule | None = module
+        self._threads = threads
+
+    def run(self, inputs: Sequence[Any]) -> list[Any]:
+        """Output tensors for flat inputs (tensors or numpy arrays)."""
+        assert self._module is not None, "the runner was closed"
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        with torch.no_grad():
+            outputs = self._module(*[torch.as_tensor(value) for value in inputs])
+        return [value for value in outputs if isinstance(value, torch.Tensor)]
+
+    def close(self) -> None:
+        """Drop the weights."""
+        self._module = None
+
+
+class EagerBackend:
+    """Graph as JSON, weights as safetensors."""
+
+    name = "eager"
+
+    def unsupported(self, program: Program) -> list[Skip]:
+        """Calls whose operator may not stand in a graph file."""
+        return [
+            Skip(site_of(node), f"operator {node.target} cannot be written to a graph file")
+            for node in program.graph.nodes
+            if node.op == "call_function" and operator_name(node.target) is None
+        ]
+
+    def lower(self, program: Program, folder: Path, signature: Signature) -> list[str]:
+        """Write ``graph.json`` and ``weights.safetensors``."""
+        graph, weights = write_graph(program)
+        (folder / GRAPH).write_bytes(json_bytes(graph, indent=None))
+        save_file(weights, folder / WEIGHTS)
+        return [GRAPH, WEIGHTS]
+
+    def open(self, folder: Path, signature: Signature, *, threads: int | None) -> EagerRunner:
+        """Load a graph file and its weights."""
+        with Folder(folder) as opened:
+            with opened.open_file(GRAPH) as file:
+                data = parse_json(file.read(), name=GRAPH, error=ArtifactError,
+                                  max_bytes=64 << 20, max_values=20_000_000)  # fmt: skip
+            with opened.open_file(WEIGHTS) as file:
+                weights = read_torch(file)
+        return EagerRunner(read_graph(data, weights), threads)
+
+    def bench_command(self, folder: Path, inputs: Path, *, threads: int | None) -> list[str]:
+        """Time the graph in a fresh process."""
+        return [
+            sys.executable, "-m", "mopt.backends.eager.bench", str(folder), str(inputs),
+            str(threads or 0),
+        ]  # fmt: skip
+
+
+BACKEND = EagerBackend()

@@ -1,0 +1,104 @@
+"""The ONNX Runtime backend: ``model.onnx`` with ONNX Runtime's own kernels, and its runner."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from mopt.backends.onnx.export import export_onnx
+from mopt.backends.onnx.session import open_session
+from mopt.pass_base import Skip
+from mopt.program import Program, site_of
+from mopt.signature import Signature
+
+MODEL = "model.onnx"
+DATA = "model.onnx.data"
+# A protobuf message ends at 2 GiB; larger weights stand in a file beside it.
+EXTERNAL_FROM_BYTES = 1 << 30
+
+
+class OnnxModelRunner:
+    """Runs a lowered model in ONNX Runtime: tensors or arrays in, arrays out."""
+
+    def __init__(self, folder: Path, signature: Signature, threads: int | None) -> None:
+        self._session = open_session(folder / MODEL, threads=threads)
+        self._names = [spec.name for spec in signature.inputs]
+
+    def run(self, inputs: Sequence[Any]) -> list[Any]:
+        """Output arrays for flat inputs in signature order."""
+        return self._session.run([_as_array(value) for value in inputs])
+
+    def close(self) -> None:
+        """Free the session."""
+        self._session.close()
+
+
+class OnnxBackend:
+    """Lowers through PyTorch's exporter and the rewrites beside this file."""
+
+    name = "onnx"
+
+    def unsupported(self, program: Program) -> list[Skip]:
+        """Calls that have no translation, and dtypes that ONNX Runtime's CPU kernels lack."""
+        from mopt.backends.onnx.translate import translation_table
+
+        known = translation_table()
+        found = []
+        for node in program.graph.nodes:
+            if node.op != "call_function":
+                continue
+            target = node.target
+            if isinstance(target, torch._ops.OpOverload) and target.namespace == "mopt":
+                if target not in known:
+                    found.append(Skip(site_of(node), f"{target} has no ONNX translation"))
+            elif isinstance(target, torch._ops.HigherOrderOperator):
+                found.append(Skip(site_of(node), f"control flow {target} is not lowered"))
+        return found
+
+    def lower(self, program: Program, folder: Path, signature: Signature) -> list[str]:
+        """Write ``model.onnx``, with the weights beside it from 1 GiB on."""
+        model = export_onnx(
+            program.graph_module,
+            program.args,
+            program.kwargs,
+            program.dynamic_shapes,
+            input_names=[spec.name for spec in signature.inputs],
+            output_names=[spec.name for spec in signature.outputs],
+        )
+        weights = sum(
+            value.const_value.nbytes
+            for value in model.graph.initializers.values()
+            if value.const_value is not None
+        )
+        if weights >= EXTERNAL_FROM_BYTES:
+            ir.save(model, folder / MODEL, external_data=DATA, size_threshold_bytes=1024)
+            return [MODEL, DATA]
+        proto = ir.to_proto(model)
+        (folder / MODEL).write_bytes(proto.SerializeToString(deterministic=True))
+        return [MODEL]
+
+    def open(self, folder: Path, signature: Signature, *, threads: int | None) -> OnnxModelRunner:
+        """Load a lowered model."""
+        return OnnxModelRunner(folder, signature, threads)
+
+    def bench_command(self, folder: Path, inputs: Path, *, threads: int | None) -> list[str]:
+        """Time the model in a fresh process that does not import torch."""
+        return [
+            sys.executable, "-m", "mopt.backends.onnx.session",
+            "--bench", str(folder), "--inputs", str(inputs), "--threads", str(threads or 0),
+        ]  # fmt: skip
+
+
+def _as_array(value: Any) -> np.ndarray:
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().contiguous().numpy()
+    return np.ascontiguousarray(value)
+
+
+BACKEND = OnnxBackend()

@@ -1,0 +1,228 @@
+"""The proof of a compile: parity with the program, quality, size, latency and memory, measured."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from mopt.errors import LoweringError, MoptError
+from mopt.inputs import second_size
+from mopt.lowering import Artifact, Loaded
+from mopt.measure import Comparison, Sample, Subject, compare, measure_one
+from mopt.npz_files import write_npz
+from mopt.pass_base import Progress
+from mopt.program import Program
+from mopt.quality import Drift, DriftMeter, Metric, drift, evaluate_metric
+from mopt.registry import find_backend
+from mopt.signature import Signature
+
+# How far a lowered model may be from the program it was lowered from, relative to the largest
+# output: float kernels differ in summation order, integer ones may also flip a rounding.
+FLOAT_PARITY = 2e-3
+INTEGER_PARITY = 5e-2
+_QUALITY_BATCHES = 8
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Drift between a program in eager and its lowered form, at the sizes that were tried."""
+
+    drift: Drift
+    sizes: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain numbers for the report."""
+        return {**self.drift.as_json(), "sizes_checked": self.sizes}
+
+
+def check_parity(program: Program, artifact: Artifact) -> Parity:
+    """Compare the lowered model with its program on the sample inputs, and at a second size.
+
+    Raises LoweringError when it computes something else.
+    """
+    meter, sizes = DriftMeter(), 0
+    loaded = artifact.load()
+    try:
+        for inputs in _parity_inputs(program):
+            args, kwargs = inputs
+            expected = _tensors(program.run(*args, **kwargs))
+            try:
+                found = _tensors(loaded(*args, **kwargs))
+            except MoptError:
+                raise
+            except Exception as error:  # a runtime may raise anything
+                shapes = [tuple(t.shape) for t in _tensors((args, kwargs))]
+                raise LoweringError(
+                    f"the lowered model fails on inputs of shapes {shapes}: {error}",
+                    code="lowered-fails",
+                ) from error
+            _check_close(program, expected, found)
+            meter.add(expected, found)
+            sizes += 1
+    finally:
+        loaded.close()
+    return Parity(meter.result(), sizes)
+
+
+def _parity_inputs(program: Program) -> Iterable[tuple[tuple[Any, ...], dict[str, Any]]]:
+    yield program.args, program.kwargs
+    if program.parts().keys() == {""}:
+        other = second_size(program)
+        if other is not None:
+            yield other
+
+
+def _check_close(program: Program, expected: list[Any], found: list[Any]) -> None:
+    if len(expected) != len(found):
+        raise LoweringError(
+            f"the lowered model has {len(found)} outputs, expected {len(expected)}", code="parity"
+        )
+    integer = any("mopt" in str(node.target) for part in program.parts().values()
+                  for node in part.graph.nodes if node.op == "call_function")  # fmt: skip
+    limit = INTEGER_PARITY if integer else FLOAT_PARITY
+    for index, (want, have) in enumerate(zip(expected, found, strict=True)):
+        if want.shape != have.shape or want.dtype != have.dtype:
+            raise LoweringError(
+                f"output {index} of the lowered model is {have.dtype} {tuple(have.shape)}, "
+                f"expected {want.dtype} {tuple(want.shape)}",
+                code="parity",
+            )
+        distance = drift([want], [have]) if want.is_floating_point() else None
+        if distance is not None and not (distance.relative <= limit or distance.cosine > 0.999):
+            raise LoweringError(
+                f"output {index} of the lowered model differs by {distance.relative:.2e} of its "
+                f"range (cosine {distance.cosine:.5f}), at most {limit:.0e} is expected",
+                code="parity",
+                hint="this is a defect of the lowering: please report it with the model's graph",
+            )
+
+
+@dataclass(frozen=True)
+class Quality:
+    """The user's metric before and after, and the drift of the outputs."""
+
+    baseline: Metric | None
+    result: Metric | None
+    drift: Drift
+    batches: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for the report."""
+        metric = self.result
+        return {
+            "metric": metric.name if metric else None,
+            "higher_is_better": metric.higher_is_better if metric else None,
+            "baseline": self.baseline.value if self.baseline else None,
+            "result": metric.value if metric else None,
+            "batches": self.batches,
+            **self.drift.as_json(),
+        }
+
+    def kept(self) -> float | None:
+        """Quality as a multiple of the uncompressed model's: 1 is equal, 0.99 one percent worse."""
+        if self.result is None or self.baseline is None:
+            return None
+        return 1.0 - self.result.loss_against(self.baseline)
+
+
+def measure_quality(
+    program: Program,
+    artifact: Artifact,
+    evaluate: Callable[..., Any] | None,
+    batches: list[tuple[tuple[Any, ...], dict[str, Any]]],
+) -> Quality:
+    """The user's metric for the captured program and the artifact, and the output drift."""
+    meter = DriftMeter()
+    some = batches[:_QUALITY_BATCHES] or [(program.args, program.kwargs)]
+    with artifact.load() as loaded:
+        for args, kwargs in some:
+            meter.add(_tensors(program.run(*args, **kwargs)), _tensors(loaded(*args, **kwargs)))
+        before = after = None
+        if evaluate is not None:
+            before = evaluate_metric(evaluate, program.run)
+            after = evaluate_metric(evaluate, _as_callable(loaded))
+    return Quality(before, after, meter.result(), len(some))
+
+
+def _as_callable(loaded: Loaded) -> Callable[..., Any]:
+    return lambda *args, **kwargs: loaded(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Measured latency and memory of the artifact beside the uncompressed one."""
+
+    comparison: Comparison
+    eager: Sample | None
+
+
+def measure_speed(
+    baseline: Artifact,
+    artifact: Artifact,
+    eager: Artifact | None,
+    *,
+    threads: int | None,
+    seed: int,
+    max_seconds: float,
+    progress: Progress,
+) -> Timing:
+    """Alternated fresh processes on the example inputs (see ``mopt.measure``)."""
+    with tempfile.TemporaryDirectory(prefix="mopt-measure-") as scratch:
+        inputs = Path(scratch) / "inputs.npz"
+        write_example_inputs(artifact, inputs)
+        reference = subject(baseline, inputs, threads, "uncompressed")
+        candidate = subject(artifact, inputs, threads, "compressed")
+        comparison = compare(
+            reference,
+            candidate,
+            tolerance=0.0,
+            max_seconds=max_seconds,
+            seed=seed,
+            progress=lambda done, total: progress.step(done, total, "alternated pairs"),
+        )
+        beside = None
+        if eager is not None:
+            beside = measure_one(subject(eager, inputs, threads, "PyTorch eager"))
+    return Timing(comparison, beside)
+
+
+def subject(artifact: Artifact, inputs: Path, threads: int | None, label: str) -> Subject:
+    """What to run in a fresh process to time an artifact."""
+    backend = find_backend(artifact.manifest["backend"])
+    return Subject(backend.bench_command(artifact.folder, inputs, threads=threads), label)
+
+
+def write_example_inputs(artifact: Artifact, path: Path) -> None:
+    """The example inputs of a whole model as ``.npz``, named as in its signature."""
+    program = artifact.program
+    assert program is not None
+    signature = Signature.from_json(artifact.manifest["parts"][0]["signature"])
+    flat = signature.flatten(_plain_inputs(program.args), _plain_inputs(program.kwargs))
+    arrays = {spec.name: _numpy(value) for spec, value in zip(signature.inputs, flat, strict=True)}
+    write_npz(path, arrays)
+
+
+def _plain_inputs(value: Any) -> Any:
+    from mopt.lowering import plain_containers
+
+    return plain_containers(value)
+
+
+def _numpy(value: torch.Tensor) -> np.ndarray:
+    return value.detach().cpu().numpy()
+
+
+def _tensors(outputs: Any) -> list[torch.Tensor]:
+    from mopt.lowering import plain_containers
+
+    return [
+        leaf for leaf in pytree.tree_leaves(plain_containers(outputs))
+        if isinstance(leaf, torch.Tensor)
+    ]  # fmt: skip
