@@ -18,6 +18,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, fx
 
+import mopt.ops  # noqa: F401 - registers the operators that formats place
 from mopt.errors import InputError, unknown_name
 from mopt.formats.grid import Grid
 from mopt.layers import Layer
@@ -158,12 +159,33 @@ def require_finite(weight: Tensor, path: str = "", source: str | None = None) ->
 
 
 def store(program: Program, layer: Layer, encoded: Encoded) -> dict[str, fx.Node]:
-    """Add the encoded tensors beside the layer's weight: one node each, before its first call."""
+    """Nodes that read the encoded tensors, before the layer's first call.
+
+    A tensor equal to one that the program already holds is not stored again: a table and a head
+    that share their weight share their codes.
+    """
     base = str(layer.weight.target)
     return {
-        name: program.add_weight(f"{base}_{name}", tensor, layer.calls[0])
+        name: shared_weight(program, f"{base}_{name}", tensor, layer.calls[0])
         for name, tensor in encoded.tensors.items()
     }
+
+
+def shared_weight(program: Program, path: str, tensor: Tensor, before: fx.Node) -> fx.Node:
+    """A node that reads ``tensor``, stored under a new name unless the program has its equal."""
+    for node in program.graph.nodes:
+        if node.op == "get_attr" and _equal(program.weight(node), tensor):
+            with program.graph.inserting_before(before):
+                again = program.graph.get_attr(node.target)
+            again.meta["val"] = node.meta.get("val")
+            return again
+    return program.add_weight(path, tensor, before)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape or one.device != other.device:
+        return False
+    return torch.equal(one[:1], other[:1]) and torch.equal(one, other)
 
 
 def swap_calls(

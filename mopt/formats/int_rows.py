@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -22,6 +23,9 @@ from mopt.formats.base import (
 from mopt.formats.grid import SCALE_FLOOR, Grid, search_grid
 from mopt.layers import Layer
 from mopt.program import Program
+
+ROW_GROUPS = (16, 32, 64, 128)
+_ROW_GROUP = re.compile(r"int8-row-g(\d+)")
 
 
 @dataclass(frozen=True)
@@ -134,3 +138,61 @@ class Int8Dynamic(_Int8Rows):
 
     def _stored(self, scales: Tensor) -> Tensor:
         return scales.float().reshape(-1)
+
+
+@register_format
+@dataclass(frozen=True)
+class Int8Row(_Int8Rows):
+    """``int8-row`` or ``int8-row-g32``: an embedding table in int8, a scale per row or block of it.
+
+    Per row, the codes are those of :class:`Int8Dynamic`, so that a table and a head that share
+    their weight can share them.
+    """
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"embedding"})
+    operator: ClassVar[str] = "mopt::embedding_int8"
+
+    group: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"int8-row-g{self.group}" if self.group else "int8-row"
+
+    @property
+    def kernels(self) -> frozenset[tuple[str, str]]:
+        return frozenset({("onnx", "cpu")})
+
+    @classmethod
+    def parse(cls, name: str) -> Int8Row | None:
+        if name == "int8-row":
+            return cls()
+        found = _ROW_GROUP.fullmatch(name)
+        return cls(int(found.group(1))) if found and int(found.group(1)) in ROW_GROUPS else None
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        return ("int8-row", *(f"int8-row-g{group}" for group in ROW_GROUPS))
+
+    def group_of(self, columns: int) -> int:
+        return self.group or columns
+
+    def check(self, layer: Layer, weight: Tensor) -> str | None:
+        reason = super().check(layer, weight)
+        if reason is None and self.group and weight.shape[1] % self.group:
+            return (
+                f"rows of {weight.shape[1]} values are not a multiple of group {self.group}; "
+                "use group=0, one scale per row"
+            )
+        return reason
+
+    def place(self, program: Program, layer: Layer, encoded: Encoded) -> None:
+        nodes = store(program, layer, encoded)
+
+        def arguments(call: Any) -> tuple[Any, ...]:
+            return call.args[1], nodes["codes"], nodes["scales"]
+
+        swap_calls(program, layer, torch.ops.mopt.embedding_int8.default, arguments)
+        record(program, layer, self.name)
+
+    def _stored(self, scales: Tensor) -> Tensor:
+        return scales.float()
