@@ -56,7 +56,8 @@ class Encoder(nn.Module):
     def forward(self, ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         positions = torch.arange(ids.shape[1], device=ids.device)
         x = self.norm(self.tokens(ids) + self.positions(positions))
-        allowed = attention_mask.bool()[:, None, None, :]
+        # ONNX Runtime's Attention does not broadcast a mask over the queries: [B, 1, T, T].
+        allowed = attention_mask.bool()[:, None, None, :].expand(-1, -1, ids.shape[1], -1)
         for layer in self.layers:
             x = layer(x, allowed)
         weight = attention_mask.to(x.dtype)[:, :, None]

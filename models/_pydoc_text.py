@@ -23,8 +23,8 @@ NOT_LIBRARY = {"test", "tests", "site-packages", "idlelib", "lib2to3", "pydoc_da
 class PydocText:
     """Bytes as uint8 tensors.
 
-    `topics` and `docstrings` are for training; `calibration` is a part of `topics`; `validation` and
-    `heldout` share no run of SHARED_LENGTH characters with them.
+    `topics` and `docstrings` are for training; `calibration` is a part of `topics`; `validation`
+    and `heldout` share no run of SHARED_LENGTH characters with them.
     """
 
     topics: Tensor

@@ -42,7 +42,7 @@ def build() -> Decoder:
 
 
 def windows(text: Tensor) -> Tensor:
-    """Cut bytes [n] into ids [w, CONTEXT + 1] that overlap by one byte, so each is predicted once."""
+    """Cut bytes [n] into ids [w, CONTEXT + 1] that overlap by one: each byte is predicted once."""
     return text.long().unfold(0, CONTEXT + 1, CONTEXT)
 
 
@@ -77,7 +77,7 @@ def evaluate(run: Run) -> dict[str, object]:
 
 @torch.no_grad()
 def bits_per_byte(run: Run, text: Tensor, batch: int = BATCH) -> float:
-    """Mean cost in bits of the bytes in `text` uint8 [n]; a rest shorter than a batch is left out."""
+    """Mean cost in bits of the bytes in `text` uint8 [n]; a rest below a batch is left out."""
     ids = windows(text)
     ids = ids[: len(ids) // batch * batch]
     total = 0.0
