@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+from itertools import pairwise
 from typing import Any
 
 from mopt.errors import InputError, LimitError, MoptError, quote
@@ -113,8 +114,8 @@ def _check_string(token: bytes, name: str, limits: Limits, error: type[MoptError
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        keys = sorted(key for key, _ in pairs)
+        twice = next(one for one, other in pairwise(keys) if one == other)
         raise _Refused(f"two keys are called {quote(twice)}")
     return result
 

@@ -314,7 +314,8 @@ def write_safetensors(
 
 
 def _code_of(key: str, tensor: Any) -> str:
-    name = str(tensor.dtype).removeprefix("torch.")
+    # numpy's own name leaves out the byte order, which is settled when the bytes are written.
+    name = getattr(tensor.dtype, "name", str(tensor.dtype).removeprefix("torch."))
     if name not in _BY_NAME:
         raise InputError(
             f"tensor {quote(key)} has the type {name}, which safetensors cannot hold",
@@ -330,6 +331,6 @@ def _raw_bytes(tensor: Any) -> memoryview:
         import torch
 
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        return memoryview(flat.view(torch.uint8).numpy())
+        return flat.view(torch.uint8).numpy().data
     little = tensor.astype(tensor.dtype.newbyteorder("<"), copy=False)
-    return memoryview(np.ascontiguousarray(little).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(little).reshape(-1).view(np.uint8).data
