@@ -99,9 +99,12 @@ def unknown_name(kind: str, name: str, known: Iterable[str], list_command: str) 
     """The error for a name that nothing is registered under, with the nearest known one."""
     names = sorted(known)
     near = get_close_matches(name, names, n=1, cutoff=0.5)
-    rest = len(names) - len(near)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    hint += f"{rest} {'more' if near else 'known'}: {list_command}"
+    if near:
+        hint = f"did you mean {near[0]!r}? {len(names) - 1} more: {list_command}"
+    elif len(names) <= 8:
+        hint = f"known: {', '.join(names)}"
+    else:
+        hint = f"{len(names)} known: {list_command}"
     return UsageError(
         f"no {kind} is called {quote(name)}", code=f"unknown-{kind.replace(' ', '-')}", hint=hint
     )
