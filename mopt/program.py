@@ -156,6 +156,10 @@ class Program:
         assert isinstance(value, Tensor), node.target
         return value.detach()
 
+    def requires_grad(self, node: fx.Node) -> bool:
+        """Whether a ``get_attr`` node reads a trainable parameter."""
+        return bool(getattr(_lookup(self.graph_module, str(node.target)), "requires_grad", False))
+
     def constant(self, argument: Any) -> Tensor | None:
         """The tensor behind a node argument if it is a weight, else None."""
         if isinstance(argument, fx.Node) and argument.op == "get_attr":

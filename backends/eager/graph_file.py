@@ -53,6 +53,8 @@ def write_graph(program: Program) -> tuple[dict[str, Any], dict[str, Tensor]]:
             stored = names.setdefault(key, str(node.target)) if tensor.numel() else str(node.target)
             weights.setdefault(stored, tensor.contiguous())
             entry["target"] = stored
+            if program.requires_grad(node):
+                entry["requires_grad"] = True
         elif node.op == "call_function":
             entry["target"] = operator_name(node.target)
             entry["args"] = [_encode(a) for a in node.args]
@@ -79,7 +81,7 @@ def read_graph(data: Any, weights: dict[str, Tensor]) -> fx.GraphModule:
         raise ArtifactError("the graph file has no nodes", code="malformed-graph-file")
     for entry in entries:
         try:
-            _read_node(entry, graph, known, attribute)
+            _read_node(entry, graph, root, known, attribute)
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(
                 f"malformed graph node {quote(entry)}", code="malformed-graph-file"
@@ -88,7 +90,11 @@ def read_graph(data: Any, weights: dict[str, Tensor]) -> fx.GraphModule:
 
 
 def _read_node(
-    entry: dict[str, Any], graph: fx.Graph, known: dict[str, fx.Node], attribute: dict[str, str]
+    entry: dict[str, Any],
+    graph: fx.Graph,
+    root: torch.nn.Module,
+    known: dict[str, fx.Node],
+    attribute: dict[str, str],
 ) -> None:
     kind, name = entry["op"], entry["name"]
     if not isinstance(name, str) or name in known:
@@ -97,6 +103,9 @@ def _read_node(
         node = graph.placeholder(f"input_{len(known)}")
     elif kind == "get_attr":
         node = graph.get_attr(attribute[entry["target"]])
+        # Torch picks another matmul kernel for a weight that could have a gradient.
+        if entry.get("requires_grad") is True:
+            root.get_buffer(attribute[entry["target"]]).requires_grad_(True)
     elif kind == "call_function":
         target = _operator(entry["target"])
         args = tuple(_decode(a, known) for a in entry["args"])
