@@ -98,6 +98,23 @@ class IslandProgram(Program):
         with torch.no_grad():
             return self.module(*args, **kwargs)
 
+    def calls_of(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[_Call]:
+        """The inputs of every call of the captured part at ``path`` in one run of the model."""
+        part = self.module.get_submodule(path)
+        assert isinstance(part, CapturedCall)
+        calls: list[_Call] = []
+
+        def remember(_module: nn.Module, a: Any, k: Any) -> None:
+            calls.append(_canonical(part.original, tuple(a), dict(k)))
+
+        handle = part.register_forward_pre_hook(remember, with_kwargs=True)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                self.run(*args, **kwargs)
+        finally:
+            handle.remove()
+        return calls
+
 
 class CapturedCall(nn.Module):
     """Calls ``run`` for the inputs it ``accepts``, the original module for any other."""
