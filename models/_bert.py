@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from mopt.models._blocks import init_residual_network
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional as F
+
+from mopt.models._blocks import init_residual_network
 
 VOCABULARY = 30_522
 CONTEXT = 512

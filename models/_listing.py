@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -25,7 +26,8 @@ def names() -> list[Listing]:
     """Every model of the zoo, by name.
 
     A model is a file here whose name has no leading underscore, with a docstring and the constants
-    NAME and TRAINED; nothing else has to be edited to add one.
+    NAME and TRAINED; nothing else has to be edited to add one. A file without them raises
+    ValueError.
     """
     return sorted((listing for listing, _ in _files()), key=lambda listing: listing.name)
 
@@ -38,17 +40,28 @@ def load(name: str) -> ZooModel:
 
 def _files() -> list[tuple[Listing, str]]:
     paths = sorted(Path(__file__).parent.glob("[!_]*.py"))
-    return [(_read(path), path.stem) for path in paths]
+    return [(read(path), path.stem) for path in paths]
 
 
-def _read(path: Path) -> Listing:
+def read(path: Path) -> Listing:
+    """What one model file says about itself; the file is parsed, not run."""
     tree = ast.parse(path.read_bytes())
-    constants = {
-        target.id: statement.value.value
-        for statement in tree.body
-        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Constant)
-        for target in statement.targets
-        if isinstance(target, ast.Name)
-    }
-    summary = (ast.get_docstring(tree) or "").partition("\n")[0]
-    return Listing(constants["NAME"], summary, constants["TRAINED"])
+    constants = dict(_constants(tree))
+    name, trained = constants.get("NAME"), constants.get("TRAINED")
+    if not isinstance(name, str) or not isinstance(trained, bool):
+        raise ValueError(f"{path}: a model file needs a string NAME and a boolean TRAINED")
+    return Listing(name, (ast.get_docstring(tree) or "").partition("\n")[0], trained)
+
+
+def _constants(tree: ast.Module) -> Iterator[tuple[str, object]]:
+    for statement in tree.body:
+        if isinstance(statement, ast.Assign):
+            targets = statement.targets
+        elif isinstance(statement, ast.AnnAssign):
+            targets = [statement.target]
+        else:
+            continue
+        if isinstance(statement.value, ast.Constant):
+            for target in targets:
+                if isinstance(target, ast.Name):
+                    yield target.id, statement.value.value

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from mopt.models._blocks import Decoder, SwiGLU
 from torch import Tensor, nn
 from torch.export import Dim
+
+from mopt.models._blocks import Decoder, SwiGLU
 
 VOCABULARY = 16_000
 CONTEXT = 512

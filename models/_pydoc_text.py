@@ -87,7 +87,7 @@ def _paragraphs(text: str) -> Iterator[str]:
 
 
 def _without_repeats(paragraphs: Iterable[str]) -> list[str]:
-    first = {}
+    first: dict[str, str] = {}
     for paragraph in paragraphs:
         first.setdefault(" ".join(paragraph.split()), paragraph)
     return list(first.values())
@@ -108,7 +108,7 @@ def _size(section: list[str]) -> int:
 
 def _runs(paragraphs: Iterable[str]) -> set[str]:
     """Every run of SHARED_LENGTH characters, white space aside."""
-    found = set()
+    found: set[str] = set()
     for paragraph in paragraphs:
         flat = " ".join(paragraph.split())
         found.update(flat[i : i + SHARED_LENGTH] for i in range(len(flat) - SHARED_LENGTH + 1))

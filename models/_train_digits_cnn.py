@@ -10,11 +10,12 @@ accuracy.
 from __future__ import annotations
 
 import torch
-from mopt.models._entry import CHECKPOINTS
-from mopt.models.digits_cnn import IMAGES, NAME, DigitsCnn, build, evaluate, split
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from mopt.models._entry import CHECKPOINTS
+from mopt.models.digits_cnn import IMAGES, NAME, DigitsCnn, build, evaluate, split
 
 EPOCHS = 60
 BATCH = 64

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from mopt.models._bert import Encoder, draw, dynamic_shapes
 from mopt.models._entry import untrained
-from torch import nn
 
 NAME = "bert-base"
 TRAINED = False

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from mopt.models._convolution import ConvNorm
-from mopt.models._entry import CHECKPOINTS, Run, ZooModel, load_checkpoint, seeded
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional as F
+
+from mopt.models._convolution import ConvNorm
+from mopt.models._entry import CHECKPOINTS, Run, ZooModel, load_checkpoint, seeded
 
 NAME = "digits-cnn"
 TRAINED = True

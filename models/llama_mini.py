@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from mopt.models._blocks import Decoder, SwiGLU
-from mopt.models._entry import untrained
 from torch import Tensor, nn
 from torch.export import Dim
+
+from mopt.models._blocks import Decoder, SwiGLU
+from mopt.models._entry import untrained
 
 NAME = "llama-mini"
 TRAINED = False

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from mopt.models._entry import untrained
 from torch import Tensor, nn
 from torch.export import Dim
+
+from mopt.models._entry import untrained
 
 NAME = "lstm"
 TRAINED = False
@@ -31,7 +32,9 @@ class Tagger(nn.Module):
             elif name.startswith("bias"):
                 nn.init.zeros_(weight)
             else:
-                nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+                # Gain 2 works the gates; torch's default leaves the cell nearly linear.
+                nn.init.normal_(weight, std=2 * weight.shape[1] ** -0.5)
+        nn.init.normal_(self.head.weight, std=UNITS**-0.5)
 
     def forward(self, ids: Tensor) -> Tensor:
         states, _ = self.lstm(self.embedding(ids))
@@ -43,7 +46,8 @@ def draw() -> tuple[Tensor]:
 
 
 def dynamic_shapes() -> dict[str, dict[int, object]]:
-    return {"ids": {0: Dim("batch", min=1, max=256), 1: Dim("length", min=2, max=2048)}}
+    # torch.export keeps the LSTM as one operator, and that fixes the length.
+    return {"ids": {0: Dim("batch", min=1, max=256)}}
 
 
 MODEL = untrained(name=NAME, summary=__doc__, make=Tagger, draw=draw, dynamic_shapes=dynamic_shapes)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from mopt.models import _moe
 from mopt.models._entry import untrained
-from torch import nn
 
 NAME = "moe-gather"
 TRAINED = False

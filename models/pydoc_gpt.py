@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
-from mopt.models._blocks import Decoder, SwiGLU
-from mopt.models._entry import CHECKPOINTS, Run, ZooModel, load_checkpoint, seeded
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.export import Dim
 from torch.nn import functional as F
+
+from mopt.models._blocks import Decoder, SwiGLU
+from mopt.models._entry import CHECKPOINTS, Run, ZooModel, load_checkpoint, seeded
 
 NAME = "pydoc-gpt"
 TRAINED = True

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from mopt.models._convolution import ConvNorm, settle
-from mopt.models._entry import untrained
 from torch import Tensor, nn
 from torch.export import Dim
+
+from mopt.models._convolution import ConvNorm, settle
+from mopt.models._entry import untrained
 
 NAME = "unet2d"
 TRAINED = False

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from mopt.models._entry import untrained
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional as F
+
+from mopt.models._entry import untrained
 
 NAME = "unet3d"
 TRAINED = False

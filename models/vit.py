@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from mopt.models._blocks import init_residual_network
-from mopt.models._entry import untrained
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional as F
+
+from mopt.models._blocks import init_residual_network
+from mopt.models._entry import untrained
 
 NAME = "vit"
 TRAINED = False
