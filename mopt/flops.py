@@ -29,11 +29,14 @@ def shape_of(value: Any) -> tuple[int, ...]:
 
 
 def size_hint(size: int | torch.SymInt) -> int:
-    """A plain integer for a size: itself, or what its symbol was in the example inputs."""
+    """A plain integer for a size: itself, or what its symbol was in the example inputs.
+
+    A size that depends on the data, such as a count of non-zeros, is not known: it counts as 1.
+    """
     if isinstance(size, int):
         return size
     hint = size.node.hint
-    return int(hint) if hint is not None else int(size)
+    return int(hint) if hint is not None else 1
 
 
 def _shapes(node: fx.Node) -> list[tuple[int, ...]]:

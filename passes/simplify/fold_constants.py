@@ -13,6 +13,8 @@ from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option
 from mopt.passes.simplify._effects import is_pure, written_nodes
 from mopt.program import Program, module_path, site_of
 
+_ASSERTION = torch.ops.aten._assert_tensor_metadata.default
+
 
 @register_pass("fold-constants", numerics=Numerics.EXACT)
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ class FoldConstants(Pass):
         constant = _constant_nodes(program)
         folded, added, skipped = 0, 0, []
         for node in reversed(program.nodes):
-            if node not in constant or all(user in constant for user in node.users):
+            if node not in constant or all(user in constant for user in _users(node)):
                 continue
             constant.discard(node)
             value = node.meta.get("val")
@@ -78,6 +80,11 @@ def _constant_nodes(program: Program) -> set[fx.Node]:
     return constant
 
 
+def _users(node: fx.Node) -> list[fx.Node]:
+    """The readers of a node but for assertions about it, which a stored value has passed."""
+    return [user for user in node.users if user.target is not _ASSERTION]
+
+
 def _is_plain(node: fx.Node) -> bool:
     """ATen operators only: those of other namespaces may unpack a compressed weight."""
     if node.target is operator.getitem:
@@ -108,7 +115,7 @@ def _freed_bytes(program: Program, node: fx.Node) -> int:
     kept = {
         program.weight(n).untyped_storage()._cdata
         for n in program.graph.nodes
-        if n.op == "get_attr" and n.users and n not in weights
+        if n.op == "get_attr" and _users(n) and n not in weights
         and isinstance(n.meta.get("val"), Tensor)
     }  # fmt: skip
     freed: dict[Any, int] = {}
@@ -125,7 +132,7 @@ def _only_for(node: fx.Node) -> list[fx.Node]:
     waiting = list(node.all_input_nodes)
     while waiting:
         source = waiting.pop()
-        if source not in found and all(user is node or user in found for user in source.users):
+        if source not in found and all(user is node or user in found for user in _users(source)):
             found[source] = None
             waiting.extend(source.all_input_nodes)
     return list(found)
@@ -136,8 +143,11 @@ def _store(program: Program, node: fx.Node) -> None:
     path = module_path(node)
     weight = program.add_weight(f"{path}.{node.name}" if path else node.name, value, before=node)
     dead = _only_for(node)
-    node.replace_all_uses_with(weight)
+    for user in _users(node):
+        user.replace_input_with(node, weight)
     for erased in [node, *dead]:
+        for assertion in list(erased.users):
+            program.graph.erase_node(assertion)
         program.graph.erase_node(erased)
 
 
