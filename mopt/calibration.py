@@ -94,13 +94,17 @@ class Calibration:
         return same
 
     def collect(
-        self, observers: Mapping[fx.Node, Observer], ctx: PassContext, doing: str = "calibrating"
+        self,
+        observers: Mapping[fx.Node, Observer],
+        ctx: PassContext,
+        replaced: Mapping[fx.Node, Tensor] | None = None,
     ) -> int:
         """Show every batch's values to the observers of nodes of ``self.program``.
 
-        Returns the number of batches. Raises InputError naming the node for NaN or infinity.
+        ``replaced`` gives nodes another value, such as weights that are already rounded. Returns
+        the number of batches. Raises InputError naming the node for NaN or infinity.
         """
-        return collect(self, self.program, observers, ctx, doing)
+        return collect(self, observers, ctx, replaced or {})
 
 
 class PartCalibration:
@@ -136,38 +140,39 @@ class PartCalibration:
             )
 
     def collect(
-        self, observers: Mapping[fx.Node, Observer], ctx: PassContext, doing: str = "calibrating"
+        self,
+        observers: Mapping[fx.Node, Observer],
+        ctx: PassContext,
+        replaced: Mapping[fx.Node, Tensor] | None = None,
     ) -> int:
         """As :meth:`Calibration.collect`."""
-        return collect(self, self.program, observers, ctx, doing)
+        return collect(self, observers, ctx, replaced or {})
 
 
 def collect(
     calls: Calibration | PartCalibration,
-    program: Program,
     observers: Mapping[fx.Node, Observer],
     ctx: PassContext,
-    doing: str,
+    replaced: Mapping[fx.Node, Tensor],
 ) -> int:
-    """Run ``program`` on every call and give each observed node's values to its observer."""
+    """Run the program on every call and give each observed node's values to its observer."""
 
-    def visit(node: fx.Node, value: Any) -> None:
+    def visit(node: fx.Node, value: Any) -> Any:
         observer = observers.get(node)
-        if observer is None:
-            return
-        if not observer.add(value):
+        if observer is not None and not observer.add(value):
             raise InputError(
-                f"{doing}: the value of node {node.name!r} holds NaN or infinity",
+                f"the value of node {node.name!r} holds NaN or infinity on calibration data",
                 code="non-finite-activation",
                 site=site_of(node),
-                hint="run the model on this batch and look for the layer that overflows",
+                hint="run the model on this data and look for the layer that overflows",
             )
+        return replaced.get(node)
 
     total, count = len(calls), 0
     for args, kwargs in calls:
-        ctx.check_time(doing)
+        ctx.check_time("calibrating")
         ctx.progress.step(count, max(total, count + 1), "calibration batches")
-        program.interpret(visit, args, kwargs)
+        calls.program.interpret(visit, args, kwargs)
         count += 1
     return count
 

@@ -185,7 +185,7 @@ def shared_weight(program: Program, path: str, tensor: Tensor, before: fx.Node) 
 def _equal(one: Tensor, other: Tensor) -> bool:
     if one.dtype != other.dtype or one.shape != other.shape or one.device != other.device:
         return False
-    return torch.equal(one[:1], other[:1]) and torch.equal(one, other)
+    return torch.equal(one.reshape(-1)[:64], other.reshape(-1)[:64]) and torch.equal(one, other)
 
 
 def swap_calls(

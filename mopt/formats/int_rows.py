@@ -196,3 +196,78 @@ class Int8Row(_Int8Rows):
 
     def _stored(self, scales: Tensor) -> Tensor:
         return scales.float()
+
+
+@register_format
+@dataclass(frozen=True)
+class Int8Qdq(_Int8Rows):
+    """``int8-qdq``: int8 per output channel behind a dequantize, for integer kernels.
+
+    Between a dequantized input and a quantized output, runtimes compute the layer in integers. By
+    itself the format only stores the weight in a quarter of the bytes. ``reduced`` is as in
+    :class:`Int8Dynamic`.
+    """
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "convolution"})
+    operator: ClassVar[str] = "mopt::dequantize"
+
+    reduced: bool = False
+
+    @property
+    def limit(self) -> int:  # type: ignore[override]
+        return 64 if self.reduced else 127
+
+    @property
+    def name(self) -> str:
+        return "int8-qdq-reduced" if self.reduced else "int8-qdq"
+
+    @property
+    def kernels(self) -> frozenset[tuple[str, str]]:
+        return frozenset({("onnx", "cpu")})
+
+    @classmethod
+    def parse(cls, name: str) -> Int8Qdq | None:
+        return {"int8-qdq": cls(), "int8-qdq-reduced": cls(reduced=True)}.get(name)
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        return ("int8-qdq", "int8-qdq-reduced")
+
+    def check(self, layer: Layer, weight: Tensor) -> str | None:
+        if any("conv_transpose" in str(call.target) for call in layer.calls):
+            return "transposed convolutions have no int8 kernel"
+        return super().check(layer, weight)
+
+    def grid(
+        self, weight: Tensor, *, ranges: str = "mse", importance: Tensor | None = None
+    ) -> Grid:
+        found = super().grid(weight, ranges=ranges, importance=importance)
+        # The int32 bias is rounded to multiples of input scale times weight scale, so a channel
+        # without weights must not get the usual scale of 1.
+        empty = (weight.reshape(len(weight), -1) == 0).all(1, keepdim=True)
+        if bool(empty.any()) and not bool(empty.all()):
+            smallest = found.scales[~empty].min()
+            return Grid(torch.where(empty, smallest, found.scales))
+        return found
+
+    def encode(self, weight: Tensor, *, grid: Grid | None = None) -> Encoded:
+        encoded = super().encode(weight, grid=grid)
+        zeros = torch.zeros(len(weight), dtype=torch.int8, device=weight.device)
+        return Encoded(self.name, encoded.shape, {**encoded.tensors, "zero_points": zeros})
+
+    def size_bytes(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> int:
+        return super().size_bytes(shape, dtype) + shape[0]
+
+    def place(self, program: Program, layer: Layer, encoded: Encoded) -> None:
+        nodes = store(program, layer, encoded)
+        reader = torch.ops.mopt.dequantize.default
+        for call in layer.calls:
+            old = call.args[1]
+            tensors = (nodes["codes"], nodes["scales"], nodes["zero_points"], 0)
+            call.replace_input_with(old, program.insert_call(reader, tensors, like=call))
+            if not old.users:
+                program.graph.erase_node(old)
+        record(program, layer, self.name)
+
+    def _stored(self, scales: Tensor) -> Tensor:
+        return scales.float().reshape(-1)

@@ -1,0 +1,286 @@
+"""Compute convolutions and linear layers in int8, with ranges found on calibration data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mopt.formats import Encoded, Grid
+from mopt.formats.base import argument, require_finite, shared_weight
+from mopt.formats.grid import min_max_grid
+from mopt.formats.int_rows import Int8Qdq
+from mopt.layers import Layer, find_layers
+from mopt.observers import Histogram
+from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
+from mopt.passes.quantize._edges import Edges, edge_of, find_edges, upper_limit
+from mopt.passes.quantize._weights import relative_error
+from mopt.program import Program
+from mopt.ranges import METHODS, estimate_range
+
+_quantize = torch.ops.mopt.quantize.default
+_dequantize = torch.ops.mopt.dequantize.default
+_BIAS_LIMIT = 2**31 - 256  # the largest float32 below the end of int32, with some room
+
+
+@register_pass("quantize-static", numerics=Numerics.LOSSY)
+@dataclass(frozen=True, kw_only=True)
+class QuantizeStatic(Pass):
+    """Compute convolutions and linear layers in int8, with ranges found on calibration data.
+
+    ## When to use
+    Convolutional networks on a CPU, and encoders of fixed shape, when 100 to 1000 samples like
+    those the model will meet are at hand.
+
+    ## Accuracy
+    Weights are symmetric int8 with a scale per output channel. Each value between layers has one
+    range, from `calibration`: all that was seen, a percentile, the least squared error or the
+    least divergence. Values outside it are clipped. Inputs of softmax, norms, GELU and the like
+    stay in float.
+
+    ## Limits
+    float32 models. Transposed convolutions stay in float. On x86 processors without VNNI set
+    `reduce_range`, which keeps weight codes within [-64, 64].
+
+    ## Example
+    conv, relu, max_pool, conv becomes one chain of 8-bit values: the relu disappears into the
+    range, and the pooling works on the codes.
+    """
+
+    calibration: str = option("mse", choices=METHODS, help="how ranges are chosen")
+    percentile: float = option(99.99, min=50, max=100, help="share of values to cover, in percent")
+    activations: str = option(
+        "uint8", choices=("uint8", "int8"), help="codes of values between layers"
+    )
+    ranges: str = option("mse", choices=("mse", "min-max"), help="how weight scales are chosen")
+    reduce_range: bool = option(False, help="7-bit weights, for x86 processors without VNNI")
+    keep_first: bool = option(False, help="leave layers that read the model's input in float")
+    keep_last: bool = option(False, help="leave layers that no other layer follows in float")
+
+    def requires(self, program: Program, ctx: PassContext) -> str | None:
+        if ctx.calibration is None:
+            return (
+                "needs calibration data for the ranges of values between layers; pass "
+                "calibration=[inputs, ...] (or --calib), or quantize with ranges found at run time"
+            )
+        return None
+
+    def run(self, program: Program, ctx: PassContext) -> PassResult:
+        assert ctx.calibration is not None
+        skipped: list[Skip] = []
+        encoded = self._encode_weights(program, ctx, skipped)
+        calls = {call for layer in encoded for call in layer.calls}
+        edges = find_edges(program, calls)
+        for layer in list(encoded):
+            if any(call.args[0] not in edges.source for call in layer.calls):
+                skipped.append(Skip(layer.path, "its input is a constant or is changed in place"))
+                del encoded[layer]
+        if not encoded:
+            return PassResult(changed=False, stats={"layers": 0}, skipped=skipped)
+        if len({call for layer in encoded for call in layer.calls}) != len(calls):
+            edges = find_edges(program, {call for layer in encoded for call in layer.calls})
+
+        observers = {edge: Histogram() for edge in set(edges.source.values())}
+        format_ = self._format
+        rounded = {
+            call.args[1]: format_.decode(one) for layer, one in encoded.items()
+            for call in layer.calls
+        }  # fmt: skip
+        batches = ctx.calibration.for_part(program).collect(observers, ctx, rounded)
+        grids = {edge: self._grid(observer) for edge, observer in observers.items()}
+
+        error: dict[str, float] = {}
+        for layer, one in encoded.items():
+            weight = program.weight(layer.weight)
+            final = _fit_bias(program, layer, one, format_, edges, grids)
+            error[layer.path] = relative_error(weight, format_.decode(final))
+            format_.place(program, layer, final)
+            for call in layer.calls:
+                _quantize_bias(program, call, final, grids[edges.source[call.args[0]]])
+        calls = {call for layer in encoded for call in layer.calls}
+        folded = _insert_codes(program, calls, edges, grids, self._zero_dtype)
+        return PassResult(
+            changed=True,
+            stats={
+                "layers": len(encoded),
+                "edges": len(edges.source),
+                "folded_activations": folded,
+                "batches": batches,
+                "formats": {layer.path: format_.name for layer in encoded},
+                "weight_error": error,
+            },
+            skipped=skipped,
+        )
+
+    @property
+    def _format(self) -> Int8Qdq:
+        return Int8Qdq(reduced=self.reduce_range)
+
+    @property
+    def _zero_dtype(self) -> torch.dtype:
+        return torch.uint8 if self.activations == "uint8" else torch.int8
+
+    def _encode_weights(
+        self, program: Program, ctx: PassContext, skipped: list[Skip]
+    ) -> dict[Layer, Encoded]:
+        layers = [x for x in find_layers(program) if x.kind in ("linear", "convolution")]
+        first, last = _ends(program, {call for layer in layers for call in layer.calls})
+        encoded: dict[Layer, Encoded] = {}
+        for layer in layers:
+            ctx.check_time(f"encoding {layer.path}")
+            if not self.selects(layer.path):
+                continue
+            weight = program.weight(layer.weight)
+            require_finite(weight, layer.path, layer.source)
+            reason = self._format.check(layer, weight)
+            if reason is None and self.keep_first and first & set(layer.calls):
+                reason = "it reads the model's input, and keep_first is set"
+            if reason is None and self.keep_last and last & set(layer.calls):
+                reason = "no other layer follows it, and keep_last is set"
+            if reason:
+                skipped.append(Skip(layer.path, reason))
+            else:
+                grid = self._format.grid(weight, ranges=self.ranges)
+                encoded[layer] = self._format.encode(weight, grid=grid)
+        return encoded
+
+    def _grid(self, observer: Histogram) -> Grid:
+        """Scale and zero point, as scalars, in the code range of the option ``activations``."""
+        symmetric = self.activations == "int8" and observer.low < 0
+        low, high = estimate_range(
+            observer, self.calibration, symmetric=symmetric, percentile=self.percentile
+        )
+        grid = min_max_grid(torch.tensor(low), torch.tensor(high), 8, symmetric)
+        zero = torch.zeros(()) if grid.zero_points is None else grid.zero_points
+        if self.activations == "int8" and not symmetric:
+            zero = zero - 128
+        return Grid(grid.scales, zero.to(self._zero_dtype))
+
+
+def _ends(program: Program, calls: set[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
+    """The calls before and after which there is no other."""
+    after: set[fx.Node] = set()
+    before: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if any(i in after or i in calls for i in node.all_input_nodes):
+            after.add(node)
+    for node in reversed(program.graph.nodes):
+        if any(u in before or u in calls for u in node.users):
+            before.add(node)
+    return calls - after, calls - before
+
+
+def _fit_bias(
+    program: Program,
+    layer: Layer,
+    encoded: Encoded,
+    format_: Int8Qdq,
+    edges: Edges,
+    grids: dict[fx.Node, Grid],
+) -> Encoded:
+    """The encoding with wider scales for channels whose bias would not fit into 32 bits.
+
+    Such a bias is so much larger than the weights that what rounding them costs does not show.
+    """
+    scales = encoded.tensors["scales"]
+    wider = scales
+    for call in layer.calls:
+        bias = program.constant(argument(call, 2, "bias"))
+        if bias is not None:
+            step = grids[edges.source[call.args[0]]].scales
+            wider = torch.maximum(wider, bias.abs() / (step * _BIAS_LIMIT))
+    if torch.equal(wider, scales):
+        return encoded
+    return format_.encode(program.weight(layer.weight), grid=Grid(wider.unsqueeze(1)))
+
+
+def _quantize_bias(program: Program, call: fx.Node, encoded: Encoded, grid: Grid) -> None:
+    """Put the int32 bias with scale (input scale * weight scale) in place of the float one."""
+    reader = argument(call, 2, "bias")
+    bias = program.constant(reader)
+    if bias is None:
+        return
+    scales = grid.scales * encoded.tensors["scales"]
+    codes = torch.round(bias.double() / scales.double()).to(torch.int32)
+    nodes = [
+        shared_weight(program, f"{reader.target}_{name}", tensor, call)
+        for name, tensor in (
+            ("codes", codes), ("scales", scales), ("zero_points", torch.zeros_like(codes))
+        )
+    ]  # fmt: skip
+    wide = program.insert_call(_dequantize, (*nodes, 0), like=call)
+    call.replace_input_with(reader, wide)
+    if not reader.users:
+        program.graph.erase_node(reader)
+
+
+def _insert_codes(
+    program: Program,
+    layers: set[fx.Node],
+    edges: Edges,
+    grids: dict[fx.Node, Grid],
+    dtype: torch.dtype,
+) -> int:
+    """Quantize each edge once and dequantize it before each reader; the number of folded ReLUs."""
+    last_input = [node for node in program.graph.nodes if node.op == "placeholder"][-1]
+    scalars: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+    folded = 0
+    for edge, source in edges.source.items():
+        users = list(edge.users)
+        chosen = [u for u in users if (u in layers and u.args[0] is edge)
+                  or edges.is_integer_reader(u) or edge in edges.native]  # fmt: skip
+        after = last_input if edge.op == "placeholder" else edge
+        if source is edge:
+            scalars[edge] = _store_scalars(program, edge, grids[edge], after)
+            after = scalars[edge][-1]
+        parameters = scalars[source]
+        codes = _call_after(program, _quantize, (edge, *parameters, 0), after, edge)
+        for user in chosen:
+            back = program.insert_call(_dequantize, (codes, *parameters, 0), like=user)
+            back.meta.update({k: v for k, v in edge.meta.items() if k != "val"})
+            user.replace_input_with(edge, back)
+        folded += _fold_activation(program, edge, codes, grids[source], dtype)
+    return folded
+
+
+def _store_scalars(
+    program: Program, edge: fx.Node, grid: Grid, after: fx.Node
+) -> tuple[fx.Node, fx.Node]:
+    zeros = grid.zero_points
+    assert isinstance(zeros, Tensor)
+    before = after.next
+    return (
+        program.add_weight(f"{edge.name}_scale", grid.scales, before),
+        program.add_weight(f"{edge.name}_zero_point", zeros, before),
+    )
+
+
+def _call_after(
+    program: Program, target: Any, args: tuple[Any, ...], after: fx.Node, like: fx.Node
+) -> fx.Node:
+    with program.graph.inserting_after(after):
+        node = program.graph.call_function(target, args)
+    node.meta.update({k: v for k, v in like.meta.items() if k != "val"})
+    return node
+
+
+def _fold_activation(
+    program: Program, edge: fx.Node, codes: fx.Node, grid: Grid, dtype: torch.dtype
+) -> int:
+    """Remove a ReLU or clip that saturation to the code range already does."""
+    if edge.op != "call_function" or len(edge.users) != 1:
+        return 0
+    before = edge.args[0] if edge.args else None
+    if not isinstance(before, fx.Node) or edge_of(before) is not edge:
+        return 0
+    limit, limits = upper_limit(edge), torch.iinfo(dtype)
+    zeros = grid.zero_points
+    assert limit is not None and isinstance(zeros, Tensor)
+    zero = int(zeros)
+    if zero != limits.min or round(min(limit / float(grid.scales), 1e6)) + zero < limits.max:
+        return 0
+    codes.replace_input_with(edge, before)
+    program.graph.erase_node(edge)
+    return 1
