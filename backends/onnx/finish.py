@@ -19,12 +19,19 @@ def finish(model: ir.Model) -> None:
     """
     common_passes.RemoveUnusedNodesPass()(model)
     common_passes.RemoveUnusedFunctionsPass()(model)
-    common_passes.RemoveUnusedOpsetsPass()(model)
+    _declare_domains(model)
     _share_equal_initializers(model.graph)
     common_passes.TopologicalSortPass()(model)
     common_passes.NameFixPass()(model)
     _order_initializers(model.graph)
     _strip(model)
+
+
+def _declare_domains(model: ir.Model) -> None:
+    used = {node.domain for node in ir.traversal.RecursiveGraphIterator(model.graph)}
+    versions = {domain: model.opset_imports.get(domain, 1) for domain in sorted(used | {""})}
+    model.opset_imports.clear()
+    model.opset_imports.update(versions)
 
 
 def _share_equal_initializers(graph: ir.Graph) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import onnx_ir as ir
-
 from mopt.backends.onnx.translate import onnx, translates
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import onnx_ir as ir
-
 from mopt.backends.onnx.translate import contributed, translates
 
 # What a kernel may do to the activations: 4 lets it round them to int8 per row and block, 1 asks
