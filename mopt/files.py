@@ -268,9 +268,9 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[FileWriter]:
     """A writer whose bytes appear under ``path`` when the block ends, all at once and durable.
 
     An existing regular file is replaced and keeps its permissions; links are followed. On any
-    error before the rename the old file stays, and no temporary is left. Raises UsageError ``output-not-file``,
-    ``folder-not-found``, LimitError ``disk-full``, InputError ``output-read-only``,
-    ``write-failed``.
+    error before the rename the old file stays, and no temporary is left. Raises UsageError
+    ``output-not-file``, ``folder-not-found``, LimitError ``disk-full``, InputError
+    ``output-read-only``, ``write-failed``.
     """
     files = current_files()
     shown = os.fspath(path)
