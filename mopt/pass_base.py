@@ -217,8 +217,8 @@ P = TypeVar("P", bound=type[Pass])
 def register_pass(name: str, *, numerics: Numerics, tolerance: float = 0.0) -> Callable[[P], P]:
     """Name a pass and state its numerics.
 
-    ``tolerance`` bounds a rounding pass: the largest difference of any output, relative to that
-    output's largest magnitude.
+    ``tolerance`` bounds a rounding pass on 32-bit values: the largest difference of any output,
+    relative to that output's largest magnitude.
     """
 
     def decorate(cls: P) -> P:

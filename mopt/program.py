@@ -64,8 +64,8 @@ class Program:
 
     ``args`` and ``kwargs`` are the example inputs; ``dynamic_shapes`` has the form that
     ``torch.export.export`` takes. ``plan`` holds what passes decided for later stages (memory,
-    schedule), as JSON-like data; ``steps`` tells which passes made the program. ``path`` is the module path of the part this graph was captured
-    from, empty for a whole model.
+    schedule), as JSON-like data; ``steps`` tells which passes made the program. ``path`` is the
+    module path of the part this graph was captured from, empty for a whole model.
     """
 
     graph_module: fx.GraphModule
@@ -362,24 +362,31 @@ def _failing_node(error: BaseException, graph: fx.Graph) -> fx.Node | None:
 
 
 def tensor_hash(tensor: Tensor) -> str:
-    """SHA-256 of dtype, shape and content; remembered while the tensor lives unchanged."""
-    version = tensor._version
-    known = _hashes.get(tensor)
-    if known is not None and known[0] == version:
-        return str(known[1])
+    """SHA-256 of dtype, shape and content; remembered while the memory lives unchanged."""
+    if tensor.is_inference():  # such tensors do not count their changes
+        return _content_hash(tensor)
+    known = _hashes.setdefault(tensor.untyped_storage(), {})
+    place = (tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+    version, digest = known.get(place, (None, ""))
+    if version != tensor._version:
+        digest = _content_hash(tensor)
+        known[place] = (tensor._version, digest)
+    return str(digest)
+
+
+def _content_hash(tensor: Tensor) -> str:
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     digest.update(memoryview(flat.numpy()))
-    _hashes[tensor] = (version, digest.hexdigest())
     return digest.hexdigest()
 
 
 def module_path(node: fx.Node) -> str:
     """The path of the user's module that a node belongs to, empty for the top."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    return str(list(stack.values())[-1][0])
+    stack = node.meta.get("nn_module_stack") or {}
+    # Export marks nodes it adds itself, such as sizes, with a module that does not exist.
+    paths = [path for path, _ in stack.values() if not path.startswith("_empty_nn_module_stack")]
+    return str(paths[-1]) if paths else ""
 
 
 def source_line(node: fx.Node) -> str:
