@@ -1,0 +1,187 @@
+"""The last screen of a compile: what was gained, what was kept and why, what to do next."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mopt.cli._output import Column, Output
+from mopt.cli._text import change, disk_size, memory_size, milliseconds, plural, three_digits
+
+_NUMBER = re.compile(r"\d[\d.,]*")
+_COLUMNS = (Column(""), Column("before", right=True), Column("after", right=True),
+            Column("change"), Column(""))  # fmt: skip
+_OUTSIDE_SHOWN = 3
+_REASONS_SHOWN = 5
+
+
+def show_result(out: Output, report: Mapping[str, Any], folder: Path) -> None:
+    """Print the table of a report, the layers that were left alone, and where the artifact is."""
+    if not out.quiet:
+        out.text()
+        out.table(_COLUMNS, result_rows(report, verbose=bool(out.verbose)))
+        out.text()
+        for line in remarks(report, verbose=bool(out.verbose)):
+            out.text(line)
+    out.text(f'Wrote {folder}  (use it: mopt run {folder} ..., or mopt.load("{folder}") in Python)')
+
+
+def result_rows(report: Mapping[str, Any], *, verbose: bool = False) -> list[list[str]]:
+    """Rows of label, before, after, change and how the numbers were found."""
+    before, after = report["baseline"], report["result"]
+    rows = [[
+        "size", disk_size(before["size_bytes"]), disk_size(after["size_bytes"]),
+        change(before["size_bytes"], after["size_bytes"], "smaller", "larger"), "measured",
+    ]]  # fmt: skip
+    rows += _latency_rows(report)
+    old, new = before["peak_bytes"]["measured"], after["peak_bytes"]["measured"]
+    if old is not None and new is not None:
+        rows.append(["peak memory", memory_size(old), memory_size(new),
+                     change(old, new, "lower", "higher"), "measured"])  # fmt: skip
+    return rows + _quality_rows(report["quality"], verbose)
+
+
+def _latency_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    before, after = report["baseline"]["latency_ms"], report["result"]["latency_ms"]
+    rows = []
+    speed = report["speed"]
+    if speed is not None:
+        rows.append(["latency", milliseconds(before["measured"]), milliseconds(after["measured"]),
+                     _faster(speed), _interval(speed)])  # fmt: skip
+    if before["estimated"] and after["estimated"]:
+        old, new = before["estimated"], after["estimated"]
+        how = "estimated"
+        if after["measured"]:
+            how += f" (error {100 * (new / after['measured'] - 1):+.0f} %)"
+        rows.append(["" if rows else "latency", milliseconds(old), milliseconds(new),
+                     change(old, new, "faster", "slower"), how])  # fmt: skip
+    eager = speed and speed["eager_ms"]
+    if eager:
+        rows.append(["  beside PyTorch eager", milliseconds(eager),
+                     milliseconds(after["measured"]),
+                     change(eager, after["measured"], "faster", "slower"), "measured"])  # fmt: skip
+    return rows
+
+
+def is_different(speed: Mapping[str, Any]) -> bool:
+    """Whether the interval of the measured ratio leaves out "equally fast"."""
+    return not speed["ratio_low"] <= 1.0 <= speed["ratio_high"]
+
+
+def _faster(speed: Mapping[str, Any]) -> str:
+    if not is_different(speed):
+        return "no difference"
+    return change(1.0, speed["ratio"], "faster", "slower")
+
+
+def _interval(speed: Mapping[str, Any]) -> str:
+    low, high = speed["ratio_low"], speed["ratio_high"]
+    if speed["confidence"] <= 0:
+        return f"measured (once, in {plural(speed['pairs'], 'pair')}: not sure)"
+    sure = f"{100 * speed['confidence']:.0f} % sure"
+    if not is_different(speed):
+        return f"measured ({sure}: {100 * (low - 1):+.1f} % to {100 * (high - 1):+.1f} % time)"
+    least, most = sorted((1 / low, 1 / high)) if high < 1 else sorted((low, high))
+    return f"measured ({sure}: {three_digits(least)}x to {three_digits(most)}x)"
+
+
+def _quality_rows(quality: Mapping[str, Any], verbose: bool) -> list[list[str]]:
+    rows = []
+    if quality["metric"] is not None:
+        old, new = quality["baseline"], quality["result"]
+        less, more = ("worse", "better") if quality["higher_is_better"] else ("better", "worse")
+        rows.append([quality["metric"], f"{old:.4g}", f"{new:.4g}",
+                     change(old, new, less, more), "measured"])  # fmt: skip
+    if verbose or not rows:
+        noise = quality["sqnr_db"]
+        said = "identical" if noise is None else f"{noise:.1f} dB SQNR"
+        batches = plural(quality["batches"], "batch").replace("batchs", "batches")
+        rows.append(["output drift", "", f"cosine {quality['cosine']:.5f}", said,
+                     f"measured on {batches}"])  # fmt: skip
+    return rows
+
+
+def remarks(report: Mapping[str, Any], *, verbose: bool = False) -> list[str]:
+    """Lines about what a reader of the table would ask next; empty when there is nothing."""
+    lines = _slower(report) + _unmeasured(report) + _outside(report) + _kept(report)
+    if verbose:
+        lines += _skips(report)
+    return [*lines, ""] if lines else []
+
+
+def _slower(report: Mapping[str, Any]) -> list[str]:
+    speed = report["speed"]
+    if speed is None or not is_different(speed) or speed["ratio"] <= 1:
+        return []
+    return [
+        f"Slower than uncompressed: {change(1.0, speed['ratio'], 'faster', 'slower')} on this "
+        "machine, measured.",
+        "  Use another recipe (mopt recipes list; none is the fastest without compression), leave",
+        "  layers out with --set PASS.skip=GLOBS, or keep it if only size matters.",
+    ]
+
+
+def _unmeasured(report: Mapping[str, Any]) -> list[str]:
+    if report["speed"] is not None:
+        return []
+    why = "parts of the model stay eager" if report["coverage"]["outside"] else "--no-measure"
+    return [f"Latency and memory were not measured ({why})"]
+
+
+def _outside(report: Mapping[str, Any]) -> list[str]:
+    coverage = report["coverage"]
+    parts = coverage["outside"]
+    if not parts:
+        return []
+    lines = [
+        f"Captured {coverage['parameters']:.0%} of parameters and {coverage['flops']:.0%} of "
+        "FLOPs; the rest runs in PyTorch as before:"
+    ]
+    for part in parts[:_OUTSIDE_SHOWN]:
+        where = f"  at {part['source']}" if part["source"] else ""
+        lines.append(f"  {part['path'] or 'top level'}: {part['reason']}{where}")
+    if len(parts) > _OUTSIDE_SHOWN:
+        lines.append(f"  and {len(parts) - _OUTSIDE_SHOWN} more, in report.json")
+    return lines
+
+
+def _kept(report: Mapping[str, Any]) -> list[str]:
+    layers = report["layers"]
+    if not layers or not any(step["numerics"] == "lossy" for step in report["steps"]):
+        return []
+    kept = [row["path"] for row in layers if row["bytes_after"] >= row["bytes_before"]]
+    if not kept:
+        return []
+    reasons = {skip["site"]: skip["reason"] for step in report["steps"] for skip in step["skipped"]}
+    told = [reasons.get(path, "no pass of the recipe is for them") for path in kept]
+    lines = [f"Kept as they were: {len(kept)} of {plural(len(layers), 'layer')}"]
+    folded = fold_reasons(told)
+    lines += [f"  {number} x {reason}" for reason, number in folded[:_REASONS_SHOWN]]
+    if len(folded) > _REASONS_SHOWN:
+        lines.append(f"  and {len(folded) - _REASONS_SHOWN} more reasons, in report.json")
+    return lines
+
+
+def _skips(report: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for step in report["steps"]:
+        for reason, number in fold_reasons([skip["reason"] for skip in step["skipped"]]):
+            lines.append(f"  {step['name']} skipped {number} x {reason}")
+    return lines
+
+
+def fold_reasons(reasons: list[str]) -> list[tuple[str, int]]:
+    """Each kind of reason once with its count, most frequent first.
+
+    Reasons that differ only in numbers are one kind, told by its first with "and similar".
+    """
+    kinds: dict[str, list[str]] = {}
+    for reason in reasons:
+        kinds.setdefault(_NUMBER.sub("#", reason), []).append(reason)
+    ordered = sorted(kinds.values(), key=len, reverse=True)
+    return [
+        (found[0] + (" (and similar)" if len(set(found)) > 1 else ""), len(found))
+        for found in ordered
+    ]
