@@ -60,6 +60,8 @@ def find_edges(program: Program, layers: set[fx.Node]) -> Edges:
         edge = edge_of(node)
         if edge in edges.source or not _is_float32(edge) or _is_overwritten(node):
             continue
+        if node.target is _aten.cat.default and edge in wanted:
+            _complete(edges, _inputs(node))
         follows = _is_follower(node) and all(i in edges.source for i in _inputs(node))
         is_linear = node in layers and node.target in LINEAR
         if node in layers and not is_linear:
@@ -72,6 +74,14 @@ def find_edges(program: Program, layers: set[fx.Node]) -> Edges:
         if native:
             edges.native.add(edge)
     return edges
+
+
+def _complete(edges: Edges, inputs: list[fx.Node]) -> None:
+    """Quantize the float inputs of a concatenation too: less work than widening the others."""
+    if any(i in edges.source for i in inputs) and all(_is_float32(i) for i in inputs):
+        for one in inputs:
+            if not _is_overwritten(one):
+                edges.source.setdefault(one, one)
 
 
 def edge_of(node: fx.Node) -> fx.Node:

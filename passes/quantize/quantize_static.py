@@ -12,7 +12,7 @@ from mopt.formats import Encoded, Grid
 from mopt.formats.base import argument, require_finite, shared_weight
 from mopt.formats.grid import min_max_grid
 from mopt.formats.int_rows import Int8Qdq
-from mopt.layers import Layer, find_layers
+from mopt.layers import LINEAR, Layer, find_layers
 from mopt.observers import Histogram
 from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
 from mopt.passes.quantize._edges import Edges, edge_of, find_edges, upper_limit
@@ -197,10 +197,13 @@ def _fit_bias(
 
 
 def _quantize_bias(program: Program, call: fx.Node, encoded: Encoded, grid: Grid) -> None:
-    """Put the int32 bias with scale (input scale * weight scale) in place of the float one."""
+    """Put the int32 bias with scale (input scale * weight scale) in place of the float one.
+
+    Linears on more than two dimensions keep theirs: there it is added after the integer product.
+    """
     reader = argument(call, 2, "bias")
     bias = program.constant(reader)
-    if bias is None:
+    if bias is None or (call.target in LINEAR and call.args[0].meta["val"].dim() != 2):
         return
     scales = grid.scales * encoded.tensors["scales"]
     codes = torch.round(bias.double() / scales.double()).to(torch.int32)
