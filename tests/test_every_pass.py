@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from mopt.pass_base import Numerics
+from mopt.pipeline import rounding_bound
 from mopt.registry import find_pass, list_passes
 from tests.case import (
     Case,
@@ -118,7 +119,7 @@ def test_numbers(key: str) -> None:
         tolerance = run.case.tolerance
         if tolerance is None:
             assert run.one.numerics is Numerics.ROUNDING, f"{key}: state a tolerance"
-            tolerance = run.one.tolerance
+            tolerance = rounding_bound(run.one, run.original)
         assert_near(expected, found, tolerance=tolerance, what=what)
 
 

@@ -5,6 +5,7 @@ Everything is computed in float64 and rounded once, to the dtype the weight had.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -202,7 +203,7 @@ def store(program: Program, layers: list[AffineLayer], new: NewWeights, note: st
     The old weights stay where others read them. ``note`` goes into the names of the new ones.
     """
     first = min(layers, key=lambda layer: _position(program, layer.call))
-    path = str(first.weight_node.target)
+    path = re.sub(rf"_{note}(_\d+)?$", "", str(first.weight_node.target))
     weight = program.add_weight(f"{path}_{note}", _rounded(new.weight, first), first.call)
     bias = None
     if new.bias is not None:
@@ -228,6 +229,13 @@ def _replace(
     names = [parameter.name for parameter in layer.call.target._schema.arguments]
     values = [new[name] if name in new else argument(layer.call, name) for name in names]
     return program.replace_call(layer.call, layer.call.target, tuple(values))
+
+
+def erase_unread_weights(program: Program) -> None:
+    """Drop the weights that folding has left without a reader."""
+    for node in program.nodes:
+        if node.op == "get_attr" and not node.users:
+            program.graph.erase_node(node)
 
 
 def _position(program: Program, wanted: fx.Node) -> int:

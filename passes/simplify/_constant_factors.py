@@ -79,6 +79,8 @@ def _parse(program: Program, node: fx.Node) -> Factors | None:
     if node.target not in _BINARY:
         return None
     left, right = node.args[:2]
+    if node.target in _REVERSED:
+        left, right = right, left
     a, b = _constant(program, left), _constant(program, right)
     if (a is None) == (b is None):
         return None
@@ -86,19 +88,18 @@ def _parse(program: Program, node: fx.Node) -> Factors | None:
     if not isinstance(source, fx.Node):
         return None
     alpha = argument(node, "alpha")
-    sign = float(1 if alpha is None else alpha)
+    factor = float(1 if alpha is None else alpha)
     name = _BINARY[node.target]
-    if name == "sub":
-        sign = -sign
     if name == "mul":
         constant = a if b is None else b
         assert constant is not None
         return Factors(node, source, constant, zero)
     if name == "div":
         return Factors(node, source, 1 / b, zero) if b is not None else None
-    if b is not None:  # x + sign * b
+    sign = -factor if name == "sub" else factor  # left + sign * right
+    if b is not None:
         return Factors(node, source, one, b * sign)
-    assert a is not None  # a + sign * x
+    assert a is not None
     return Factors(node, source, one * sign, a)
 
 
@@ -114,5 +115,7 @@ def _constant(program: Program, argument: Any) -> Tensor | None:
 _BINARY: dict[Any, str] = {
     _aten.mul.Tensor: "mul", _aten.mul.Scalar: "mul", _aten.div.Tensor: "div",
     _aten.div.Scalar: "div", _aten.add.Tensor: "add", _aten.add.Scalar: "add",
-    _aten.sub.Tensor: "sub", _aten.sub.Scalar: "sub",
+    _aten.sub.Tensor: "sub", _aten.sub.Scalar: "sub", _aten.rsub.Scalar: "sub",
+    _aten.rsub.Tensor: "sub",
 }  # fmt: skip
+_REVERSED = (_aten.rsub.Scalar, _aten.rsub.Tensor)

@@ -12,6 +12,7 @@ from mopt.passes.simplify._affine_layers import (
     AffineLayer,
     NewWeights,
     affine_layer,
+    erase_unread_weights,
     readers,
     rounding_problem,
     store,
@@ -57,6 +58,8 @@ class FoldBatchNorm(Pass):
                 skipped.append(Skip(site_of(node), found))
                 continue
             folded += found.apply(program)
+        if folded:
+            erase_unread_weights(program)
         return PassResult(changed=bool(folded), stats={"folded": folded}, skipped=skipped)
 
 

@@ -12,6 +12,7 @@ from mopt.passes.simplify._affine_layers import (
     AffineLayer,
     NewWeights,
     affine_layer,
+    erase_unread_weights,
     readers,
     rounding_problem,
     store,
@@ -62,6 +63,8 @@ class FoldNormAffine(Pass):
                 skipped.append(Skip(site_of(node), problem))
             else:
                 folded += 1
+        if folded:
+            erase_unread_weights(program)
         return PassResult(changed=bool(folded), stats={"folded": folded}, skipped=skipped)
 
 

@@ -11,6 +11,7 @@ from mopt.passes.simplify._affine_layers import (
     AffineLayer,
     NewWeights,
     affine_layer,
+    erase_unread_weights,
     layer_site,
     readers,
     rounding_problem,
@@ -32,8 +33,8 @@ class FoldScale(Pass):
     the width, layer scale, temperatures, and images normalised inside the model.
 
     ## Accuracy
-    Rounding: the new weights are computed in float64 and rounded once. A scale that the weight's
-    dtype cannot carry without losing precision is left alone.
+    Rounding: for each constant the new weights are computed in float64 and rounded once. A scale
+    that the weight's dtype cannot carry without losing precision is left alone.
 
     ## Limits
     Multiplication, division, addition, subtraction and negation by a number or by one constant per
@@ -47,10 +48,22 @@ class FoldScale(Pass):
     """
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
-        """Fold each constant factor backwards, else forwards."""
+        """Fold factors until no sweep over the graph finds another."""
+        folded: list[str] = []
+        while True:
+            found, skipped = self._sweep(program)
+            folded += found
+            if not found:
+                break
+        if folded:
+            erase_unread_weights(program)
+        return PassResult(changed=bool(folded), stats={"folded_into": folded}, skipped=skipped)
+
+    def _sweep(self, program: Program) -> tuple[list[str], list[Skip]]:
+        """Fold each constant factor backwards, else forwards; the layers it went into."""
         written = written_nodes(program)
         folded: list[str] = []
-        skipped = []
+        skipped: list[Skip] = []
         for node in program.nodes:
             factors = constant_factors(program, node)
             if factors is None or not self.selects(module_path(node) or node.name):
@@ -69,7 +82,7 @@ class FoldScale(Pass):
                 program.graph.erase_node(node)
                 for layer, new in plan:
                     store(program, [layer], new, "scaled")
-        return PassResult(changed=bool(folded), stats={"folded_into": folded}, skipped=skipped)
+        return folded, skipped
 
 
 _Plan = list[tuple[AffineLayer, NewWeights]]

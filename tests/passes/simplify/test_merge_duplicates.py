@@ -62,7 +62,7 @@ CASES = [
     Case("written-between", lambda: of(written_between), changed=False),
     Case("two-outputs", lambda: of(lambda x: (x.sin(), x.sin())), changed=False, skipped="share"),
     Case("another-layout", one_layout, changed=False),
-]  # fmt: skip
+]
 
 
 def test_equal_weights_are_stored_once() -> None:

@@ -110,7 +110,7 @@ CASES = [
         skipped="a weight",
     ),
     Case("dropout-that-is-on", of(lambda x: F.dropout(x, 0.5, True).isnan()), changed=False),
-]  # fmt: skip
+]
 
 
 def run(program: Program) -> Program:
