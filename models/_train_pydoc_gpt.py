@@ -7,9 +7,9 @@ measured on validation text every STEPS_BETWEEN_CHECKS steps and stored when it 
 so a run that is stopped keeps its best weights. Training ends early when PATIENCE checks in a row
 bring less than WORTHWHILE bits. The held-out text plays no part.
 
-The stored checkpoint is from about step 1600 of such a run (Python 3.11.7, two threads, a check each
-minute), stopped at 1686 when validation had stayed at 1.634 bits per byte for ten checks. A step
-takes 0.6 s on two idle cores with bfloat16 units.
+The stored checkpoint is from about step 1600 of such a run (Python 3.11.7, two threads, a check
+each minute), stopped at 1686 when validation had stayed at 1.634 bits per byte for ten checks. A
+step takes 0.6 s on two idle cores with bfloat16 units.
 """
 
 from __future__ import annotations
