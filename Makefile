@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .PHONY: demo test lint fix docs clean
 
 demo: $(VENV)/.run ## compile a trained model and print the proof
-	$(BIN)/python -m mopt.cli.demo
+	$(BIN)/mopt demo
 
 test: lint ## everything that must hold before a merge
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests

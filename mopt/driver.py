@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from mopt.errors import BudgetNotMet, UsageError
 from mopt.frontend import capture
 from mopt.layers import find_layers
 from mopt.lowering import Artifact, lower
-from mopt.measure import machine_fingerprint
+from mopt.machine import machine_fingerprint
 from mopt.pass_base import PassContext, Progress
 from mopt.pipeline import Pipeline, Step
 from mopt.program import Program
-from mopt.proof import Parity, Quality, Timing, check_parity, measure_quality, measure_speed
+from mopt.proof import QUALITY_BATCHES, Parity, Quality, Timing, check_parity, measure_quality, measure_speed
 from mopt.recipe import Recipe
 from mopt.registry import find_backend
 from mopt.report import SCHEMA, Report
@@ -117,7 +118,7 @@ def compile(
     progress.end(f"{backend}, checked at {parity.sizes} input sizes")
 
     progress.stage("Measuring")
-    batches = data.batches if data is not None else []
+    batches = list(islice(data, QUALITY_BATCHES)) if data is not None else []
     quality = measure_quality(program, artifact, evaluate, batches)
     timing = None
     if settings.measure and program.coverage.is_whole:
@@ -213,6 +214,9 @@ def _speed(timing: Timing | None) -> dict[str, Any] | None:
         "ratio_high": found.high,
         "confidence": found.confidence,
         "pairs": found.pairs,
+        "stopped": found.stopped,
+        "is_different": found.is_different,
+        "overlapped": found.overlapped,
         "eager_ms": timing.eager.median_ms if timing.eager else None,
         "method": "alternated pairs of fresh processes; medians; exact sign-test interval",
     }

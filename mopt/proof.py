@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from mopt.errors import LoweringError, MoptError
 from mopt.inputs import second_size
 from mopt.lowering import Artifact, Loaded
-from mopt.measure import Comparison, Sample, Subject, compare, measure_one
+from mopt.measure import Comparison, Side, Subject, compare, measure_one
 from mopt.npz_files import write_npz
 from mopt.pass_base import Progress
 from mopt.program import Program
@@ -27,7 +27,7 @@ from mopt.signature import Signature
 # output: float kernels differ in summation order, integer ones may also flip a rounding.
 FLOAT_PARITY = 2e-3
 INTEGER_PARITY = 5e-2
-_QUALITY_BATCHES = 8
+QUALITY_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def measure_quality(
 ) -> Quality:
     """The user's metric for the captured program and the artifact, and the output drift."""
     meter = DriftMeter()
-    some = batches[:_QUALITY_BATCHES] or [(program.args, program.kwargs)]
+    some = batches or [(program.args, program.kwargs)]
     with artifact.load() as loaded:
         for args, kwargs in some:
             meter.add(_tensors(program.run(*args, **kwargs)), _tensors(loaded(*args, **kwargs)))
@@ -160,7 +160,7 @@ class Timing:
     """Measured latency and memory of the artifact beside the uncompressed one."""
 
     comparison: Comparison
-    eager: Sample | None
+    eager: Side | None
 
 
 def measure_speed(
@@ -182,14 +182,14 @@ def measure_speed(
         comparison = compare(
             reference,
             candidate,
-            tolerance=0.0,
+            quick=True,
             max_seconds=max_seconds,
             seed=seed,
             progress=lambda done, total: progress.step(done, total, "alternated pairs"),
         )
         beside = None
         if eager is not None:
-            beside = measure_one(subject(eager, inputs, threads, "PyTorch eager"))
+            beside = measure_one(subject(eager, inputs, threads, "PyTorch eager"), samples=2)
     return Timing(comparison, beside)
 
 
