@@ -110,10 +110,9 @@ class Output:
         if error.hint:
             self.stderr.write(f"\n  hint: {safe_lines(error.hint)}\n")
         if self.as_json and not self._document_written:
-            self.document({"error": {
-                "code": error.code, "message": error.message, "site": error.site,
-                "hint": error.hint,
-            }})  # fmt: skip
+            fields = ("code", "message", "site", "hint")
+            with suppress(OSError):  # the error may be that stdout is full
+                self.document({"error": {name: getattr(error, name) for name in fields}})
 
     # ---- terminals
 
@@ -170,13 +169,15 @@ class Output:
 
 
 def flush(stream: TextIO) -> None:
-    """Flush, unless the other end is gone."""
-    with suppress(OSError, ValueError):
+    """Flush; a stream that cannot take more is silenced."""
+    try:
         stream.flush()
+    except (OSError, ValueError):
+        silence(stream)
 
 
 def silence(stream: TextIO) -> None:
-    """Let a stream whose reader is gone lead nowhere, so that leaving Python says nothing."""
+    """Let a stream that cannot be written to lead nowhere, so that leaving Python says nothing."""
     with suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())

@@ -11,7 +11,7 @@ from mopt.cli._output import Column, Output
 from mopt.cli._text import change, disk_size, memory_size, milliseconds, plural, three_digits
 
 _NUMBER = re.compile(r"\d[\d.,]*")
-_COLUMNS = (Column(""), Column("before", right=True), Column("after", right=True),
+RESULT_COLUMNS = (Column(""), Column("before", right=True), Column("after", right=True),
             Column("change"), Column(""))  # fmt: skip
 _OUTSIDE_SHOWN = 3
 _REASONS_SHOWN = 5
@@ -21,7 +21,7 @@ def show_result(out: Output, report: Mapping[str, Any], folder: Path) -> None:
     """Print the table of a report, the layers that were left alone, and where the artifact is."""
     if not out.quiet:
         out.text()
-        out.table(_COLUMNS, result_rows(report, verbose=bool(out.verbose)))
+        out.table(RESULT_COLUMNS, result_rows(report, verbose=bool(out.verbose)))
         out.text()
         for line in remarks(report, verbose=bool(out.verbose)):
             out.text(line)
@@ -105,7 +105,8 @@ def _quality_rows(quality: Mapping[str, Any], verbose: bool) -> list[list[str]]:
 
 def remarks(report: Mapping[str, Any], *, verbose: bool = False) -> list[str]:
     """Lines about what a reader of the table would ask next; empty when there is nothing."""
-    lines = _slower(report) + _unmeasured(report) + _outside(report) + _kept(report)
+    lines = _slower(report) + _unmeasured(report)
+    lines += coverage_lines(report["coverage"]) + _kept(report)
     if verbose:
         lines += _skips(report)
     return [*lines, ""] if lines else []
@@ -130,8 +131,8 @@ def _unmeasured(report: Mapping[str, Any]) -> list[str]:
     return [f"Latency and memory were not measured ({why})"]
 
 
-def _outside(report: Mapping[str, Any]) -> list[str]:
-    coverage = report["coverage"]
+def coverage_lines(coverage: Mapping[str, Any]) -> list[str]:
+    """What stayed outside, where and why; empty when the whole model was captured."""
     parts = coverage["outside"]
     if not parts:
         return []

@@ -14,10 +14,11 @@ from mopt.cli._command import Command
 from mopt.cli._output import Column, Output
 from mopt.cli._progress import ConsoleProgress
 from mopt.cli._text import disk_size, milliseconds, safe
+from mopt.errors import unknown_name
 
 if TYPE_CHECKING:
     from mopt.lowering import Artifact
-    from mopt.models import ZooModel
+    from mopt.models._entry import ZooModel
 
 NAME = "pydoc-gpt"
 RECIPES = ("int8-dynamic", "int4-weight")
@@ -29,6 +30,9 @@ RECIPES = ("int8-dynamic", "int4-weight")
 def command(out: Output, model: str) -> None:
     from mopt import models
 
+    trained = [listing.name for listing in models.names() if listing.trained]
+    if model not in trained:
+        raise unknown_name("trained model", model, trained, "mopt models list")
     entry = models.load(model)
     rows: list[list[str]] = []
     samples: list[str] = []

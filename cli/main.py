@@ -112,11 +112,12 @@ def _as_mopt_error(error: BaseException) -> MoptError | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         import tempfile
 
+        where = f" of {error.filename!r}" if error.filename else ""
         return LimitError(
-            f"no space is left on the disk of {error.filename or tempfile.gettempdir()!r}; "
-            "nothing was written to the output",
+            f"no space is left on the disk{where}",
             code="disk-full",
-            hint="free some space, or set TMPDIR to a folder on a larger disk",
+            hint=f"free some space; temporary files go to {tempfile.gettempdir()}, which TMPDIR "
+            "changes",
         )
     return None
 

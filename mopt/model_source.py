@@ -122,24 +122,14 @@ def load_source(text: str, *, trust: bool = False, inputs: str | None = None) ->
             hint="pass --trust if you or somebody you trust made it",
         )
     if source.kind == "zoo":
-        return _with_inputs(_load_zoo(source.name), inputs)
-    if source.kind == "hf":
+        found = _load_zoo(source.name)
+    elif source.reference is not None:
+        found = _load_code(source.name, source.reference)
+    else:
         assert source.path is not None
-        from mopt.hf_folder import load_hf_folder
-
-        model, examples, shapes, notes = load_hf_folder(source.path)
-        return _with_inputs(ModelSource(source.name, model, examples, shapes, notes=notes), inputs)
-    if source.kind == "pt2":
-        assert source.path is not None
-        from mopt.pt2_file import load_pt2
-
-        model, examples, shapes = load_pt2(source.path)
-        note = f"loading {text} ran code from the file"
-        return _with_inputs(
-            ModelSource(source.name, model, examples, shapes, trust_note=note), inputs
-        )
-    assert source.reference is not None
-    return _load_code(source.name, source.reference, inputs)
+        found = _load_hf(source.name, source.path) if source.kind == "hf" else _load_pt2(
+            source.name, source.path)  # fmt: skip
+    return _with_inputs(found, inputs)
 
 
 def load_calibration(text: str, source: ModelSource) -> Iterable[Any]:
@@ -182,7 +172,22 @@ def _load_zoo(name: str) -> ModelSource:
     )
 
 
-def _load_code(name: str, reference: Reference, inputs: str | None) -> ModelSource:
+def _load_hf(name: str, folder: Path) -> ModelSource:
+    from mopt.hf_folder import load_hf_folder
+
+    model, examples, shapes, notes = load_hf_folder(folder)
+    return ModelSource(name, model, examples, shapes, notes=notes)
+
+
+def _load_pt2(name: str, path: Path) -> ModelSource:
+    from mopt.pt2_file import load_pt2
+
+    model, examples, shapes = load_pt2(path)
+    note = f"loading {str(path)!r} ran code from the file"
+    return ModelSource(name, model, examples, shapes, trust_note=note)
+
+
+def _load_code(name: str, reference: Reference) -> ModelSource:
     from torch import nn
 
     found = find_object(reference, "factory")
@@ -190,7 +195,7 @@ def _load_code(name: str, reference: Reference, inputs: str | None) -> ModelSour
         with user_errors(f"factory {reference.text!r}", code="factory-failed"):
             found = found()
     if isinstance(found, Mapping):
-        return _with_inputs(_from_mapping(name, found, reference), inputs)
+        return _from_mapping(name, found, reference)
     if not isinstance(found, nn.Module):
         raise InputError(
             f"factory {reference.text!r} returned {quote(found)}",
@@ -199,7 +204,7 @@ def _load_code(name: str, reference: Reference, inputs: str | None) -> ModelSour
         )
     # The second name is the one that Lightning modules use.
     examples = getattr(found, "example_inputs", getattr(found, "example_input_array", None))
-    return _with_inputs(ModelSource(name, found, examples), inputs)
+    return ModelSource(name, found, examples)
 
 
 def _from_mapping(name: str, found: Mapping[str, Any], reference: Reference) -> ModelSource:
