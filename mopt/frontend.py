@@ -7,11 +7,13 @@ that do export become Programs, the rest stays eager and calls them (``mopt/isla
 from __future__ import annotations
 
 import inspect
+import io
 import logging
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +72,8 @@ def normalize_inputs(
     if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
         return tuple(example_inputs), {}
     raise InputError(
-        f"example inputs must be a tuple or a mapping, found {quote(type(example_inputs).__name__)}",
+        "example inputs must be a tuple or a mapping, "
+        f"found {quote(type(example_inputs).__name__)}",
         code="bad-example-inputs",
         hint="pass (tensor,) for one positional input or {'name': tensor} for keyword inputs",
     )
@@ -105,7 +108,7 @@ def _capture_whole_or_parts(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> Program:
     try:
-        return export_program(model, args, kwargs, dynamic_shapes)
+        return _export_with_or_without_cache(model, args, kwargs, dynamic_shapes)
     except (KeyboardInterrupt, MemoryError):
         raise
     except Exception as error:  # torch.export has no common base for what it raises
@@ -115,9 +118,44 @@ def _capture_whole_or_parts(
         return capture_islands(model, args, kwargs, error)
 
 
+def _export_with_or_without_cache(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> Program:
+    """Export; if that fails and the model returns a key-value cache by default, export without it.
+
+    Models in the manner of Hugging Face say so in ``config.use_cache``; the cache is an object that
+    a graph cannot return.
+    """
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    caching = [c for c in configs.values() if getattr(c, "use_cache", False) is True]
+    try:
+        return export_program(model, args, kwargs, dynamic_shapes)
+    except Exception:  # torch.export has no common base for what it raises
+        if not caching:
+            raise
+    try:
+        for config in caching:
+            config.use_cache = False
+        return export_program(model, args, kwargs, dynamic_shapes)
+    finally:
+        for config in caching:
+            config.use_cache = True
+
+
 def _reject_bad_dynamic_shapes(error: Exception) -> None:
-    text = str(error)
-    if type(error).__name__ == "UserError" and "dynamic_shapes" in text.split("\n")[0]:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if type(error).__name__ != "UserError" or not lines:
+        return
+    if lines[0].startswith("Constraints violated"):
+        reason = next((line[2:] for line in lines if line.startswith("- ")), lines[0])
+        start = lines.index("Suggested fixes:") + 1 if "Suggested fixes:" in lines else len(lines)
+        fixes = [line for line in lines[start:] if " = " in line]
+        raise InputError(
+            f"dynamic_shapes promise sizes the model does not take: {reason}",
+            code="bad-dynamic-shapes",
+            hint="; ".join(fixes) or "leave that dimension out of dynamic_shapes",
+        ) from error
+    if "dynamic_shapes" in lines[0]:
         raise InputError(
             f"dynamic_shapes do not fit the inputs: {shorten_reason(error)}",
             code="bad-dynamic-shapes",
@@ -127,9 +165,9 @@ def _reject_bad_dynamic_shapes(error: Exception) -> None:
 
 def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for tensor in pytree.tree_leaves((args, kwargs)):
-        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-            if not bool(torch.isfinite(tensor).all()):
-                raise InputError("an example input holds NaN or infinity", code="non-finite-input")
+        is_number = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+        if is_number and not bool(torch.isfinite(tensor).all()):
+            raise InputError("an example input holds NaN or infinity", code="non-finite-input")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and bool(torch.isnan(tensor).any()):
             raise InputError(
@@ -181,9 +219,9 @@ def _grow_ones(
         if isinstance(value, torch.Tensor) and isinstance(shape, Mapping | tuple | list):
             dims = shape.items() if isinstance(shape, Mapping) else enumerate(shape)
             for dim, size in dims:
-                if size is not None and not isinstance(size, int) and size is not Dim.STATIC:
-                    if value.shape[dim] == 1:
-                        value = torch.cat([value, value], dim)
+                is_fixed = size is None or isinstance(size, int) or size is Dim.STATIC
+                if not is_fixed and value.shape[dim] == 1:
+                    value = torch.cat([value, value], dim)
             return value
         if isinstance(value, Mapping) and isinstance(shape, Mapping):
             return type(value)({k: grow(v, shape.get(k)) for k, v in value.items()})  # type: ignore[call-arg]
@@ -206,18 +244,27 @@ def _grow_ones(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep export's log lines and deprecation warnings from the user, who cannot act on them."""
+    """Keep export's log lines and deprecation warnings from the user, who cannot act on them.
+
+    When export fails it also prints the graph so far to stderr; that text is taken out again.
+    """
     loggers = [logging.getLogger(name) for name in ("torch.export", "torch._dynamo", "torch.fx")]
     levels = [logger.level for logger in loggers]
+    printed, partial_graph = io.StringIO(), ""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         try:
-            yield
+            with redirect_stderr(printed):
+                yield
+        except Exception as error:
+            partial_graph = f"{getattr(error, 'partial_fx_graph', '')}\n"
+            raise
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+            sys.stderr.write(printed.getvalue().replace(partial_graph, ""))
 
 
 def first_line(error: BaseException) -> str:
