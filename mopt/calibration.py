@@ -49,7 +49,8 @@ class Calibration:
         self._kept: list[Any] | None = [] if iter(batches) is batches else None
         self._exhausted = False
 
-    def __len__(self) -> int:
+    @property
+    def expected_batches(self) -> int:
         """How many batches there are, 0 if that is not known before reading them."""
         known = length_hint(self._given, 0) or len(self._kept or ())
         return known if self.limit is None else min(known, self.limit)
@@ -114,9 +115,10 @@ class PartCalibration:
         self.whole = whole
         self.program = part
 
-    def __len__(self) -> int:
+    @property
+    def expected_batches(self) -> int:
         """How many batches the whole model has; a part may be called several times in each."""
-        return len(self.whole)
+        return self.whole.expected_batches
 
     def __iter__(self) -> Iterator[Call]:
         """The calls of the part, in the order they happen."""
@@ -168,7 +170,7 @@ def collect(
             )
         return replaced.get(node)
 
-    total, count = len(calls), 0
+    total, count = calls.expected_batches, 0
     for args, kwargs in calls:
         ctx.check_time("calibrating")
         ctx.progress.step(count, max(total, count + 1), "calibration batches")

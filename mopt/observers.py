@@ -73,7 +73,9 @@ class Histogram:
         self.low, self.high = min(self.low, low), max(self.high, high)
         self._cover(low, high)
         flat = value.detach().reshape(-1)
-        flat = flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
+        # In float32 the difference to the start of a huge range could overflow.
+        exact = flat.dtype == torch.float64 or self.width * len(self.counts) > 1e30
+        flat = flat.double() if exact else flat.float()
         at = ((flat - self.start) / self.width).long().clamp_(0, len(self.counts) - 1)
         self.counts += torch.bincount(at.cpu(), minlength=len(self.counts))
         return True

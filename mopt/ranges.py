@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from mopt.formats.grid import min_max_grid
-from mopt.observers import Histogram
+from mopt.observers import Histogram, MinMax
 
-METHODS = ("min-max", "percentile", "mse", "entropy")
+METHODS = ("min-max", "moving-average", "percentile", "mse", "entropy")
+# How far each batch moves a moving average of the extremes.
+MOMENTUM = 0.01
 # Target levels of the entropy search: 128, as TensorRT chose for the magnitudes of int8.
 _ENTROPY_LEVELS = 128
 # Bins of the symmetric histogram that the entropy search works on, odd so that one is centred on
@@ -17,8 +19,15 @@ _ENTROPY_LEVELS = 128
 _ENTROPY_BINS = 2049
 
 
+def range_observer(method: str) -> MinMax | Histogram:
+    """An observer that collects what ``estimate_range`` needs for ``method``."""
+    if method == "moving-average":
+        return MinMax(MOMENTUM)
+    return MinMax() if method == "min-max" else Histogram()
+
+
 def estimate_range(
-    histogram: Histogram,
+    observer: MinMax | Histogram,
     method: str,
     *,
     symmetric: bool = False,
@@ -27,15 +36,17 @@ def estimate_range(
 ) -> tuple[float, float]:
     """(low, high) for the codes to cover, never wider than what was observed.
 
-    "min-max" is what was observed. "percentile" leaves out ``100 - percentile`` percent of the
-    values: of the largest magnitudes when ``symmetric``, else half of it at each end. "mse" shrinks
-    the ends in steps of 1 percent of the observed range, first together and then one by one, to the
-    least squared error after rounding to ``bits``. "entropy" takes the clipping threshold whose
-    rounded distribution has the least Kullback-Leibler divergence from the observed one.
+    "min-max" is what was observed, "moving-average" what its observer averaged over batches.
+    "percentile" leaves out ``100 - percentile`` percent of the values: of the largest magnitudes
+    when ``symmetric``, else half of it at each end. "mse" shrinks the ends in steps of 1 percent of
+    the observed range, first together and then one by one, to the least squared error after
+    rounding to ``bits``. "entropy" takes the clipping threshold whose rounded distribution has the
+    least Kullback-Leibler divergence from the observed one.
     """
-    low, high = histogram.low, histogram.high
-    if method == "min-max" or low == high:
+    low, high = observer.low, observer.high
+    if isinstance(observer, MinMax) or method == "min-max" or low == high:
         return low, high
+    histogram = observer
     if method == "percentile":
         found = _percentile(histogram, percentile / 100, symmetric)
     elif method == "mse":

@@ -13,12 +13,12 @@ from mopt.formats.base import argument, require_finite, shared_weight
 from mopt.formats.grid import min_max_grid
 from mopt.formats.int_rows import Int8Qdq
 from mopt.layers import LINEAR, Layer, find_layers
-from mopt.observers import Histogram
+from mopt.observers import Histogram, MinMax
 from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
 from mopt.passes.quantize._edges import Edges, edge_of, find_edges, upper_limit
 from mopt.passes.quantize._weights import relative_error
 from mopt.program import Program
-from mopt.ranges import METHODS, estimate_range
+from mopt.ranges import METHODS, estimate_range, range_observer
 
 _quantize = torch.ops.mopt.quantize.default
 _dequantize = torch.ops.mopt.dequantize.default
@@ -36,9 +36,9 @@ class QuantizeStatic(Pass):
 
     ## Accuracy
     Weights are symmetric int8 with a scale per output channel. Each value between layers has one
-    range, from `calibration`: all that was seen, a percentile, the least squared error or the
-    least divergence. Values outside it are clipped. Inputs of softmax, norms, GELU and the like
-    stay in float.
+    range, from `calibration`: all that was seen, its average over batches, a percentile, the least
+    squared error or the least divergence. Values outside it are clipped. Inputs of softmax, norms,
+    GELU and the like stay in float.
 
     ## Limits
     float32 models. Transposed convolutions stay in float. On x86 processors without VNNI set
@@ -82,7 +82,7 @@ class QuantizeStatic(Pass):
         if len({call for layer in encoded for call in layer.calls}) != len(calls):
             edges = find_edges(program, {call for layer in encoded for call in layer.calls})
 
-        observers = {edge: Histogram() for edge in set(edges.source.values())}
+        observers = {edge: range_observer(self.calibration) for edge in set(edges.source.values())}
         format_ = self._format
         rounded = {
             call.args[1]: format_.decode(one) for layer, one in encoded.items()
@@ -146,7 +146,7 @@ class QuantizeStatic(Pass):
                 encoded[layer] = self._format.encode(weight, grid=grid)
         return encoded
 
-    def _grid(self, observer: Histogram) -> Grid:
+    def _grid(self, observer: Histogram | MinMax) -> Grid:
         """Scale and zero point, as scalars, in the code range of the option ``activations``."""
         symmetric = self.activations == "int8" and observer.low < 0
         low, high = estimate_range(
