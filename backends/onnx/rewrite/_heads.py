@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -15,7 +15,7 @@ class Heads:
     """A rank-4 value (batch, heads, sequence, width) and where its content lies flat.
 
     ``source`` has shape (batch, sequence, n * heads * width); the heads are its ``part``-th slice
-    of ``parts`` equal ones along the last axis.
+    of ``parts`` equal ones along the last axis, rotated by ``rotary`` if that is given.
     """
 
     source: ir.Value
@@ -23,10 +23,15 @@ class Heads:
     width: int
     parts: int = 1
     part: int = 0
+    rotary: ir.Node | None = None
 
 
 def flat_heads(value: ir.Value | None) -> Heads | None:
     """Where the heads of a rank-4 attention input lie side by side, if they do somewhere."""
+    rotary = m.produced_by(value, "RotaryEmbedding", m.MICROSOFT)
+    if rotary is not None:
+        plain = _transposed(rotary.inputs[0]) or _one_of_stacked(rotary.inputs[0])
+        return None if plain is None else replace(plain, rotary=rotary)
     return _transposed(value) or _one_of_stacked(value)
 
 
@@ -52,9 +57,10 @@ def _transposed(value: ir.Value | None) -> Heads | None:
 
 
 def _one_of_stacked(value: ir.Value | None) -> Heads | None:
-    """One of n along the first axis of Transpose(2, 0, 3, 1, 4) of (batch, sequence, n, heads, width).
+    """One of n along the first axis of Transpose(2, 0, 3, 1, 4) of a reshape that splits the last.
 
-    That is how a model with a single layer for queries, keys and values separates them.
+    The reshape gives (batch, sequence, n, heads, width). That is how a model with a single layer
+    for queries, keys and values separates them.
     """
     found = _picked(value)
     if found is None:
@@ -120,11 +126,19 @@ class FlatParts:
 
     def value(self, heads: Heads, before: ir.Node) -> ir.Value:
         """A value (batch, sequence, heads * width), computed before ``before`` if need be."""
-        if heads.parts == 1:
-            return heads.source
-        if heads.source not in self._splits:
-            self._splits[heads.source] = _split(heads, before)
-        return self._splits[heads.source][heads.part]
+        flat = heads.source
+        if heads.parts > 1:
+            if heads.source not in self._splits:
+                self._splits[heads.source] = _split(heads, before)
+            flat = self._splits[heads.source][heads.part]
+        if heads.rotary is not None:
+            inputs = [flat, *heads.rotary.inputs[1:]]
+            attributes = {"num_heads": heads.count}
+            shape = m.dims(flat)
+            flat = m.add_node(
+                before, "RotaryEmbedding", inputs, attributes, domain=m.MICROSOFT, shape=shape
+            )
+        return flat
 
 
 def _split(heads: Heads, before: ir.Node) -> list[ir.Value]:

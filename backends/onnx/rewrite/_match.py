@@ -133,11 +133,16 @@ def store(graph: ir.Graph, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
     return value
 
 
+def store_shared(graph: ir.Graph, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
+    """The initializer called ``name``, which always has this content; made when first asked for."""
+    known = graph.initializers.get(name)
+    return known if known is not None else store(graph, name, array)
+
+
 def integers(graph: ir.Graph, values: Sequence[int]) -> ir.Value:
     """An int64 initializer of one axis, shared by everyone who asks for the same numbers."""
     name = "ints_" + "_".join(str(v).replace("-", "m") for v in values)
-    known = graph.initializers.get(name)
-    return known if known is not None else store(graph, name, np.array(values, dtype=np.int64))
+    return store_shared(graph, name, np.array(values, dtype=np.int64))
 
 
 def replace(old: ir.Value, new: ir.Value) -> None:

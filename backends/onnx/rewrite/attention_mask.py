@@ -66,9 +66,9 @@ def _additive(mask: ir.Value, node: ir.Node) -> ir.Value:
     assert isinstance(node.graph, ir.Graph)
     number = node.outputs[0].dtype
     assert number is not None
-    kept = m.store(node.graph, "mask_kept", np.zeros((), dtype=number.numpy()))
+    kept = m.store_shared(node.graph, "mask_kept", np.zeros((), dtype=number.numpy()))
     # The lowest number, not minus infinity: a row that may look at nothing must not become NaN and
     # spread through the next layer. Such a row gives the mean of the values; PyTorch gives 0.
     lowest = np.finfo(number.numpy()).min
-    hidden = m.store(node.graph, "mask_hidden", np.full((), lowest, dtype=number.numpy()))
+    hidden = m.store_shared(node.graph, "mask_hidden", np.full((), lowest, dtype=number.numpy()))
     return m.add_node(node, "Where", [mask, kept, hidden], shape=m.dims(mask), dtype=number)

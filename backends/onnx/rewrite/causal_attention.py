@@ -58,7 +58,7 @@ def _lengths(node: ir.Node, query: ir.Value) -> tuple[ir.Value, ir.Value]:
     narrow = ir.DataType.INT32
     tokens = m.add_node(node, "Cast", [length], {"to": narrow.value}, shape=[1], dtype=narrow)
     total = m.add_node(node, "Squeeze", [tokens], shape=[], dtype=narrow, name="tokens")
-    one = m.store(graph, "one", np.array([1], dtype=np.int32))
+    one = m.store_shared(graph, "one", np.array([1], dtype=np.int32))
     before = m.add_node(node, "Sub", [tokens, one], shape=[1], dtype=narrow)
     last = m.add_node(node, "Expand", [before, batch], dtype=narrow, name="last_token")
     return last, total
