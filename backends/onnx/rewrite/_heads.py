@@ -14,7 +14,8 @@ from mopt.backends.onnx.rewrite import _match as m
 class Heads:
     """A rank-4 value (batch, heads, sequence, width) and where its content lies flat.
 
-    ``source`` has shape (batch, sequence, n * heads * width); the heads are its ``part``-th slice
+    ``source`` has shape (batch, sequence, n * heads * width), or (batch, sequence, heads, width)
+    where that is how the model computes it; the heads are its ``part``-th slice
     of ``parts`` equal ones along the last axis, rotated by ``rotary`` if that is given.
     """
 
@@ -36,23 +37,21 @@ def flat_heads(value: ir.Value | None) -> Heads | None:
 
 
 def _transposed(value: ir.Value | None) -> Heads | None:
-    """Transpose(0, 2, 1, 3) of a reshape that only splits the last axis."""
+    """Transpose(0, 2, 1, 3) of (batch, sequence, heads, width), as a rule made by a reshape."""
     transpose = m.produced_by(value, "Transpose")
     if transpose is None or list(m.attribute(transpose, "perm")) != [0, 2, 1, 3]:
         return None
-    reshape = m.produced_by(transpose.inputs[0], "Reshape")
-    if reshape is None:
-        return None
-    flat, split = m.dims(reshape.inputs[0]), m.dims(reshape.outputs[0])
-    if flat is None or split is None or len(flat) != 3 or len(split) != 4:
+    source, split = transpose.inputs[0], m.dims(transpose.inputs[0])
+    if source is None or split is None or len(split) != 4:
         return None
     heads, width = split[2:]
-    if not isinstance(heads, int) or not isinstance(width, int) or flat[2] != heads * width:
+    if not isinstance(heads, int) or not isinstance(width, int):
         return None
-    if not m.same_sizes(flat[:2], split[:2]):
-        return None
-    source = reshape.inputs[0]
-    assert source is not None
+    reshape = m.produced_by(source, "Reshape")
+    flat = m.dims(reshape.inputs[0]) if reshape is not None else None
+    if reshape is not None and m.same_sizes(flat, [*split[:2], heads * width]):
+        source = reshape.inputs[0]
+        assert source is not None
     return Heads(source, heads, width)
 
 
@@ -127,6 +126,12 @@ class FlatParts:
     def value(self, heads: Heads, before: ir.Node) -> ir.Value:
         """A value (batch, sequence, heads * width), computed before ``before`` if need be."""
         flat = heads.source
+        shape = m.dims(flat)
+        assert shape is not None and isinstance(before.graph, ir.Graph)
+        if len(shape) == 4:
+            whole = heads.count * heads.width
+            target = m.integers(before.graph, [0, 0, whole])
+            flat = m.add_node(before, "Reshape", [flat, target], shape=[*shape[:2], whole])
         if heads.parts > 1:
             if heads.source not in self._splits:
                 self._splits[heads.source] = _split(heads, before)
@@ -165,17 +170,42 @@ def _split(heads: Heads, before: ir.Node) -> list[ir.Value]:
     return outputs
 
 
-def flat_result(value: ir.Value) -> ir.Value | None:
-    """The (batch, sequence, heads * width) value that the only reader makes of a rank-4 result."""
-    transpose = m.only_user(value)
-    if transpose is None or transpose.op_type != "Transpose":
-        return None
-    if list(m.attribute(transpose, "perm")) != [0, 2, 1, 3]:
-        return None
-    reshape = m.only_user(transpose.outputs[0])
-    if reshape is None or reshape.op_type != "Reshape":
-        return None
-    split, flat = m.dims(reshape.inputs[0]), m.dims(reshape.outputs[0])
-    if split is None or flat is None or len(flat) != 3 or not m.same_sizes(split[:2], flat[:2]):
-        return None
-    return reshape.outputs[0]
+def put_flat_result(old: ir.Value, flat: ir.Value, heads: int, width: int) -> None:
+    """Let the readers of ``old`` (batch, heads, sequence, width) read it from ``flat``.
+
+    Where the model transposes and reshapes to (batch, sequence, heads * width), both disappear.
+    """
+    for use in list(old.uses()):
+        transpose = use.node
+        if _is_heads_transpose(transpose):
+            for inner in list(transpose.outputs[0].uses()):
+                if _merges_heads(inner.node, heads * width):
+                    m.replace(inner.node.outputs[0], flat)
+    if not old.uses() and not old.is_graph_output():
+        return
+    users = [use.node for use in old.uses()]
+    if all(_is_heads_transpose(n) and not n.outputs[0].uses() for n in users):
+        return
+    shape = m.dims(flat)
+    producer = flat.producer()
+    assert shape is not None and producer is not None and isinstance(producer.graph, ir.Graph)
+    anchor = old.producer()
+    assert anchor is not None
+    target = m.integers(producer.graph, [0, 0, heads, width])
+    split = m.add_node(anchor, "Reshape", [flat, target], shape=[*shape[:2], heads, width])
+    m.replace(old, m.add_node(anchor, "Transpose", [split], {"perm": [0, 2, 1, 3]}))
+
+
+def _is_heads_transpose(node: ir.Node) -> bool:
+    return (
+        node.op_type == "Transpose"
+        and list(m.attribute(node, "perm")) == [0, 2, 1, 3]
+        and not node.outputs[0].is_graph_output()
+    )
+
+
+def _merges_heads(node: ir.Node, whole: int) -> bool:
+    split, flat = m.dims(node.inputs[0]), m.dims(node.outputs[0])
+    if node.op_type != "Reshape" or split is None or flat is None:
+        return False
+    return m.same_sizes(flat, [*split[:2], whole])

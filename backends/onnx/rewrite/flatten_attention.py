@@ -27,8 +27,8 @@ def rewrite(model: ir.Model) -> int:
         if any(value is not None for value in node.inputs[4:]):
             continue
         query, key, value = (_heads.flat_heads(v) for v in node.inputs[:3])
-        result = _heads.flat_result(node.outputs[0])
-        if query is None or key is None or value is None or result is None:
+        shape = m.dims(node.outputs[0])
+        if query is None or key is None or value is None or shape is None:
             continue
         mask = node.inputs[3] if len(node.inputs) > 3 else None
         inputs = [parts.value(heads, node) for heads in (query, key, value)]
@@ -36,6 +36,8 @@ def rewrite(model: ir.Model) -> int:
         for name in ("is_causal", "scale", "softcap"):
             if m.attribute(node, name):
                 attributes[name] = m.attribute(node, name)
-        m.replace(result, m.add_node(node, "Attention", [*inputs, mask], attributes))
+        whole = [shape[0], shape[2], query.count * value.width]
+        flat = m.add_node(node, "Attention", [*inputs, mask], attributes, shape=whole)
+        _heads.put_flat_result(node.outputs[0], flat, query.count, value.width)
         changed += 1
     return changed
