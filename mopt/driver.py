@@ -24,7 +24,16 @@ from mopt.machine import machine_fingerprint
 from mopt.pass_base import PassContext, Progress
 from mopt.pipeline import Pipeline, Step
 from mopt.program import Program
-from mopt.proof import QUALITY_BATCHES, Parity, Quality, Timing, check_parity, measure_quality, measure_speed
+from mopt.proof import (
+    QUALITY_BATCHES,
+    Parity,
+    Quality,
+    Timing,
+    check_parity,
+    measure_quality,
+    measure_speed,
+    store_sample,
+)
 from mopt.recipe import Recipe
 from mopt.registry import find_backend
 from mopt.report import SCHEMA, Report
@@ -102,8 +111,13 @@ def compile(
         deadline=started + 60 * max_minutes if max_minutes else None,
     )
     progress.stage("Compressing")
-    base = Pipeline(Recipe.load(BASELINE).passes()).run(program, context)
-    result = Pipeline(passes, tuple(callbacks)).run(program, context)
+    common = Recipe.load(BASELINE).passes()
+    base = Pipeline(common, tuple(callbacks)).run(program, context)
+    if passes[: len(common)] == common:  # most recipes begin with what the baseline runs
+        rest = Pipeline(passes[len(common) :], tuple(callbacks))
+        result = rest.run(base, context, reference=program)
+    else:
+        result = Pipeline(passes, tuple(callbacks)).run(program, context)
     progress.end(
         f"{len(result.steps)} passes, {sum(step.changed for step in result.steps)} changed"
     )
@@ -115,19 +129,22 @@ def compile(
     artifact.manifest["seed"] = seed
     parity = check_parity(result, artifact)
     check_parity(base, baseline_artifact)
+    store_sample(result, artifact)
     progress.end(f"{backend}, checked at {parity.sizes} input sizes")
 
-    progress.stage("Measuring")
+    progress.stage("Checking", "quality")
     batches = list(islice(data, QUALITY_BATCHES)) if data is not None else []
-    quality = measure_quality(program, artifact, evaluate, batches)
+    quality = measure_quality(program, artifact, evaluate, batches, progress)
+    progress.end(f"outputs on {quality.batches} batches" + (", metric" if quality.result else ""))
     timing = None
     if settings.measure and program.coverage.is_whole:
+        progress.stage("Measuring")
         eager = lower(program, "eager") if settings.eager_beside and _fits_eager(program) else None
         timing = measure_speed(
             baseline_artifact, artifact, eager, threads=settings.threads, seed=seed,
             max_seconds=settings.measure_seconds, progress=progress,
         )  # fmt: skip
-    progress.end("done")
+        progress.end(f"{timing.comparison.pairs} alternated pairs of fresh processes")
     artifact.report = Report(
         _report_data(
             program, result, baseline_artifact, artifact, parity, quality, timing, chosen, wanted,

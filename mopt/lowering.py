@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 REPORT = "report.json"
+SAMPLE = "sample.npz"
 SCHEMA = 1
 
 
@@ -87,8 +88,13 @@ class Artifact:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the lowered model's files, reports not counted."""
-        return sum(entry["bytes"] for entry in self.manifest["files"].values())
+        """Bytes of the lowered model's files; the report and the stored sample do not count."""
+        files = self.manifest["files"]
+        return sum(entry["bytes"] for name, entry in files.items() if name != SAMPLE)
+
+    def add_file(self, name: str) -> None:
+        """List a file that was written into :attr:`folder` in the manifest."""
+        self.manifest["files"][name] = _entry(self.folder / name)
 
     def save(self, target: str | Path, *, force: bool = False) -> Path:
         """Write the artifact to ``target``: complete or not at all.

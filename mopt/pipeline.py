@@ -67,16 +67,25 @@ class Pipeline:
         self.passes = tuple(passes)
         self.watchers = tuple(watchers)
 
-    def run(self, program: Program, context: PassContext | None = None) -> Program:
+    def run(
+        self,
+        program: Program,
+        context: PassContext | None = None,
+        *,
+        reference: Program | None = None,
+    ) -> Program:
         """A new program after every pass; ``program`` is untouched and ``.steps`` tells the story.
 
+        ``reference`` is what drift is measured against, ``program`` itself unless given.
         Raises PassError when a pass breaks a promise, naming the pass, the first node whose value
         differs and its source line; any error of a pass itself is wrapped the same way.
         """
         ctx = context or PassContext()
-        captured = {path: _outputs(part) for path, part in program.parts().items()}
+        before = {path: _outputs(part) for path, part in program.parts().items()}
+        captured = before
+        if reference is not None:
+            captured = {path: _outputs(part) for path, part in reference.parts().items()}
         current = program
-        before = captured
         steps: list[Step] = list(program.steps)
         for index, one in enumerate(self.passes):
             ctx.progress.step(index, len(self.passes), f"passes, now {one.pass_name}")

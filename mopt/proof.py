@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from mopt.errors import LoweringError, MoptError
 from mopt.inputs import second_size
-from mopt.lowering import Artifact, Loaded
+from mopt.lowering import SAMPLE, Artifact, Loaded
 from mopt.measure import Comparison, Side, Subject, compare, measure_one
 from mopt.npz_files import write_npz
 from mopt.pass_base import Progress
@@ -28,6 +28,7 @@ from mopt.signature import Signature
 FLOAT_PARITY = 2e-3
 INTEGER_PARITY = 5e-2
 QUALITY_BATCHES = 8
+SAMPLE_BYTES = 8_000_000
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,23 @@ def _check_close(program: Program, expected: list[Any], found: list[Any]) -> Non
             )
 
 
+def store_sample(program: Program, artifact: Artifact) -> None:
+    """Keep the example inputs and the lowered model's outputs, for ``mopt verify``.
+
+    Left out for models in parts and where they would take more than 8 MB.
+    """
+    if program.parts().keys() != {""}:
+        return
+    with artifact.load() as loaded:
+        outputs = _tensors(loaded(*program.args, **program.kwargs))
+    inputs = _tensors((program.args, program.kwargs))
+    arrays = {f"input_{i}": _numpy(t) for i, t in enumerate(inputs)}
+    arrays |= {f"output_{i}": _numpy(t) for i, t in enumerate(outputs)}
+    if sum(array.nbytes for array in arrays.values()) <= SAMPLE_BYTES:
+        write_npz(artifact.folder / SAMPLE, arrays)
+        artifact.add_file(SAMPLE)
+
+
 @dataclass(frozen=True)
 class Quality:
     """The user's metric before and after, and the drift of the outputs."""
@@ -137,16 +155,20 @@ def measure_quality(
     artifact: Artifact,
     evaluate: Callable[..., Any] | None,
     batches: list[tuple[tuple[Any, ...], dict[str, Any]]],
+    progress: Progress,
 ) -> Quality:
     """The user's metric for the captured program and the artifact, and the output drift."""
     meter = DriftMeter()
     some = batches or [(program.args, program.kwargs)]
     with artifact.load() as loaded:
-        for args, kwargs in some:
+        for index, (args, kwargs) in enumerate(some):
+            progress.step(index, len(some), "batches")
             meter.add(_tensors(program.run(*args, **kwargs)), _tensors(loaded(*args, **kwargs)))
         before = after = None
         if evaluate is not None:
+            progress.step(0, 2, "evaluations of the metric")
             before = evaluate_metric(evaluate, program.run)
+            progress.step(1, 2, "evaluations of the metric")
             after = evaluate_metric(evaluate, _as_callable(loaded))
     return Quality(before, after, meter.result(), len(some))
 
