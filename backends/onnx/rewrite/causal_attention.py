@@ -2,7 +2,8 @@
 
 Measured on ONNX Runtime 1.31 (12 heads of 64, 512 tokens, one thread): 6.3 ms against 14.5 for
 opset 23 ``Attention``, 14.8 for MultiHeadAttention and 15.4 as separate products. Its optional
-outputs, the keys and values for a cache, must not be asked for: with them it takes 16.2 ms.
+outputs, the keys and values for a cache, must not be asked for: with them it takes 16.2 ms. With a
+mask for padding besides, a whole block takes 22 ms against 29.5.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mopt.backends.onnx.rewrite import _match as m
+from mopt.backends.onnx.rewrite._causal_mask import hides_future
 
 ORDER = 60
 
@@ -20,10 +22,14 @@ def rewrite(model: ir.Model) -> int:
     changed = 0
     lengths: dict[tuple[int | str | None, ...], tuple[ir.Value, ir.Value]] = {}
     for node in m.nodes_of(model, "Attention"):
-        if not m.attribute(node, "is_causal") or "q_num_heads" not in node.attributes:
+        if "q_num_heads" not in node.attributes or m.attribute(node, "softcap"):
             continue
         query, key, value = node.inputs[:3]
-        if any(v is not None for v in node.inputs[3:]) or m.attribute(node, "softcap"):
+        mask = node.inputs[3] if len(node.inputs) > 3 else None
+        causal, nothing_else = hides_future(mask)
+        if mask is None:
+            causal = nothing_else = bool(m.attribute(node, "is_causal"))
+        if not causal or any(v is not None for v in node.inputs[4:]):
             continue
         shape, key_shape, value_shape = m.dims(query), m.dims(key), m.dims(value)
         if query is None or shape is None or query.dtype != ir.DataType.FLOAT:
@@ -42,10 +48,20 @@ def rewrite(model: ir.Model) -> int:
         if m.attribute(node, "scale"):
             attributes["scale"] = m.attribute(node, "scale")
         inputs = [query, key, value, None, None, last, total]
+        if not nothing_else:
+            inputs += [None, None, None, _of_rank_4(mask, node)]
         result = m.add_node(node, "GroupQueryAttention", inputs, attributes, domain=m.MICROSOFT)
         m.replace(node.outputs[0], result)
         changed += 1
     return changed
+
+
+def _of_rank_4(mask: ir.Value | None, node: ir.Node) -> ir.Value | None:
+    shape = m.dims(mask)
+    if shape is None or len(shape) == 4 or not isinstance(node.graph, ir.Graph):
+        return mask
+    axes = m.integers(node.graph, list(range(4 - len(shape))))
+    return m.add_node(node, "Unsqueeze", [mask, axes], shape=[*[1] * (4 - len(shape)), *shape])
 
 
 def _lengths(node: ir.Node, query: ir.Value) -> tuple[ir.Value, ir.Value]:

@@ -7,6 +7,7 @@ from typing import Any
 import onnx_ir as ir
 
 from mopt.backends.onnx.rewrite import _match as m
+from mopt.backends.onnx.rewrite._causal_mask import HIDING
 
 ORDER = 30
 
@@ -45,6 +46,9 @@ def _scores(
     value: ir.Value | None,
 ) -> tuple[ir.Value, ir.Value, float, ir.Value | None] | None:
     """(query, key, scale, mask) if ``value`` is ``query @ key^T * scale + mask``."""
+    filled = m.produced_by(value, "Where")
+    if filled is not None:
+        return _filled(filled)
     added = m.produced_by(value, "Add")
     if added is None:
         plain = _scaled(value)
@@ -54,6 +58,18 @@ def _scores(
         if plain is not None and mask is not None and _is_mask(mask, scores):
             return (*plain, mask)
     return None
+
+
+def _filled(where: ir.Node) -> tuple[ir.Value, ir.Value, float, ir.Value | None] | None:
+    """The same for ``scores.masked_fill(hidden, lowest)``."""
+    hidden, lowest, scores = where.inputs
+    plain, number = _scaled(scores), m.scalar(lowest)
+    if plain is None or hidden is None or number is None or number > HIDING:
+        return None
+    if not _is_mask(hidden, scores):
+        return None
+    kept = m.add_node(where, "Not", [hidden], shape=m.dims(hidden), dtype=ir.DataType.BOOL)
+    return (*plain, kept)
 
 
 def _is_mask(mask: ir.Value, scores: ir.Value | None) -> bool:
