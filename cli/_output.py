@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Tables that nobody watches are never folded: one row stays one line for grep and awk.
 _UNLIMITED = 10_000
 _NARROW = 60
+_STDOUT, _STDERR = 1, 2
 
 
 @dataclass(frozen=True)
@@ -146,26 +147,29 @@ class Output:
         """While the block runs, what the user's model prints goes to stderr, C code's too."""
         flush(sys.stdout)
         kept, own = sys.stdout, self.stdout
-        try:
-            number = kept.fileno()
-            saved = os.dup(number)
-        except (OSError, ValueError):  # a stream in memory, as in a notebook
-            saved = -1
-        if saved >= 0:
-            os.dup2(sys.stderr.fileno(), number)
-            self.stdout = os.fdopen(os.dup(saved), "w", encoding=kept.encoding, errors=kept.errors)
+        saved = os.dup(_STDOUT)
+        os.dup2(_STDERR, _STDOUT)
+        if _leads_to(own, _STDOUT):
+            self.stdout = os.fdopen(os.dup(saved), "w", encoding=own.encoding, errors=own.errors)
         sys.stdout = sys.stderr
         try:
             yield
         finally:
             sys.stdout = kept
-            if saved >= 0:
+            if self.stdout is not own:
                 flush(self.stdout)
                 with suppress(OSError):
                     self.stdout.close()
                 self.stdout = own
-                os.dup2(saved, number)
-                os.close(saved)
+            os.dup2(saved, _STDOUT)
+            os.close(saved)
+
+
+def _leads_to(stream: TextIO, number: int) -> bool:
+    try:
+        return stream.fileno() == number
+    except (OSError, ValueError):  # a stream in memory, as in a notebook
+        return False
 
 
 def flush(stream: TextIO) -> None:

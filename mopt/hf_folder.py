@@ -18,7 +18,8 @@ from torch import nn
 
 from mopt.errors import InputError, UsageError, quote
 from mopt.json_files import read_json
-from mopt.safe_read import Folder, check_name, open_file
+from mopt.safe_read import check_name, open_file
+from mopt.safetensors_files import read_header
 
 SEQUENCE = 128
 _DECODER_SEQUENCE = 32
@@ -92,13 +93,15 @@ def _model_folder(folder: Path) -> tuple[Path, list[str]]:
 
 
 def _check_weights(place: Path) -> None:
-    if (place / _WEIGHTS).is_file():
-        return
-    if (place / _INDEX).is_file():
+    """See that the weights are sound safetensors that lie in the folder, or links from it."""
+    names = [_WEIGHTS] if (place / _WEIGHTS).is_file() else []
+    if not names and (place / _INDEX).is_file():
         shards = _read_table(place / _INDEX).get("weight_map")
-        with Folder(place) as opened:
-            for name in sorted(set(shards.values() if isinstance(shards, dict) else ())):
-                opened.open_file(name).close()
+        names = sorted(set(shards.values())) if isinstance(shards, dict) else []
+    for name in names:
+        with open_file(place.joinpath(*check_name(name, where=_INDEX))) as file:
+            read_header(file)
+    if names:
         return
     pickles = sorted(p.name for p in place.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
     if pickles:

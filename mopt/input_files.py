@@ -11,6 +11,7 @@ import inspect
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -219,3 +220,37 @@ def _check_names(
         code="input-names",
         hint=f"rename {close!r}; the inputs are: {known}" if close else f"the inputs are: {known}",
     )
+
+
+def nest_inputs(
+    signature: Signature, flat: Sequence[torch.Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword inputs of a lowered model from its flat tensors."""
+    positional = replace(signature, result={"tuple": list(signature.args)})
+    keyword = replace(signature, result={"dict": dict(signature.kwargs)})
+    return positional.unflatten(flat), dict(keyword.unflatten(flat))
+
+
+def named_arrays(outputs: Any) -> dict[str, np.ndarray]:
+    """The tensors of a model's outputs as arrays, named by where they are in their nesting.
+
+    A lone tensor is ``output_0``, items of a tuple ``output_0``, ``output_1``, entries of a mapping
+    have their keys; deeper ones are joined with dots. Numbers that numpy lacks become float32.
+    """
+    found: dict[str, np.ndarray] = {}
+    _name_arrays(outputs, "", found)
+    return found
+
+
+def _name_arrays(value: Any, path: str, found: dict[str, np.ndarray]) -> None:
+    if isinstance(value, torch.Tensor | np.ndarray):
+        tensor = torch.as_tensor(value).detach()
+        if tensor.dtype == torch.bfloat16:
+            tensor = tensor.float()
+        found[path or "output_0"] = tensor.cpu().numpy()
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _name_arrays(item, f"{path}.{key}" if path else str(key), found)
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _name_arrays(item, f"{path}.{index}" if path else f"output_{index}", found)
