@@ -3,7 +3,8 @@
 An edge is the value of a node, after a ReLU or clip that is its only reader: that one costs nothing
 in integers. Layers (linear, convolution) are what a kernel exists for; pooling, concatenation and
 addition follow when all they read is 8-bit and their result is wanted so; reshaping and maximum
-keep the scale of what they read.
+keep the scale of what they read. A linear on more than two dimensions gives floats unless a layer
+reads them: its bias is added after the integer product.
 """
 
 from __future__ import annotations
@@ -48,7 +49,11 @@ class Edges:
 
     def is_integer_reader(self, user: fx.Node) -> bool:
         """Whether an operation other than a layer computes in integers."""
-        return _is_follower(user) and edge_of(user) in self.source
+        return (
+            _is_follower(user)
+            and edge_of(user) in self.source
+            and all(one in self.source for one in _inputs(user))
+        )
 
 
 def find_edges(program: Program, layers: set[fx.Node]) -> Edges:
@@ -63,11 +68,12 @@ def find_edges(program: Program, layers: set[fx.Node]) -> Edges:
         if node.target is _aten.cat.default and edge in wanted:
             _complete(edges, _inputs(node))
         follows = _is_follower(node) and all(i in edges.source for i in _inputs(node))
-        is_linear = node in layers and node.target in LINEAR
-        if node in layers and not is_linear:
+        if node in layers and node.target not in LINEAR:
             native = True
+        elif node in layers:
+            native = edge in read or (edge in wanted and node.meta["val"].dim() == 2)
         else:
-            native = edge in wanted and (is_linear or follows)
+            native = edge in wanted and follows
         if native or edge in read:
             keeps = follows and node.target in KEEPING and edge is node
             edges.source[edge] = edges.source[_inputs(node)[0]] if keeps else edge

@@ -110,7 +110,7 @@ def test_mse_is_the_best_of_the_methods_by_its_own_measure(symmetric: bool) -> N
         errors[method] = float((codes * grid.scales - data).square().mean())
     # The search works on bins, so another method may be ahead by a hair.
     assert errors["mse"] <= 1.01 * min(errors.values())
-    assert errors["mse"] < 0.9 * errors["min-max"]
+    assert errors["mse"] < 0.95 * errors["min-max"]
 
 
 def test_many_zeros_after_a_relu_do_not_pull_the_range_in() -> None:
