@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -153,7 +155,8 @@ class Output:
             self.stdout = os.fdopen(os.dup(saved), "w", encoding=own.encoding, errors=own.errors)
         sys.stdout = sys.stderr
         try:
-            yield
+            with self._libraries_as_talkative():
+                yield
         finally:
             sys.stdout = kept
             if self.stdout is not own:
@@ -163,6 +166,18 @@ class Output:
                 self.stdout = own
             os.dup2(saved, _STDOUT)
             os.close(saved)
+
+    @contextmanager
+    def _libraries_as_talkative(self) -> Iterator[None]:
+        """Warnings of libraries about themselves only with -v, their log lines with -vv."""
+        if self.verbose > 1:
+            logging.basicConfig(level=logging.INFO, stream=self.stderr)
+        with warnings.catch_warnings():
+            if not self.verbose:
+                for category in (FutureWarning, DeprecationWarning):
+                    warnings.simplefilter("ignore", category)
+                warnings.filterwarnings("ignore", module=r"(torch|onnx\w*|transformers)\b")
+            yield
 
 
 def _leads_to(stream: TextIO, number: int) -> bool:

@@ -131,8 +131,9 @@ def command(out: Output, model: str, **options: Any) -> None:  # fmt: skip
     check_target(target, options["force"])
     missed: BudgetNotMet | None = None
     with out.user_code(), ConsoleProgress(out) as progress:
-        source = _load(out, progress, model, options)
+        progress.stage("Loading", model)
         _check_choices(chosen, options)
+        source = _load(out, progress, model, options)
         try:
             artifact = _compile(source, chosen, options, progress, out)
         except BudgetNotMet as error:
@@ -158,7 +159,6 @@ def _print_recipe(out: Output, recipe: Recipe) -> None:
 def _load(
     out: Output, progress: ConsoleProgress, model: str, options: dict[str, Any]
 ) -> ModelSource:
-    progress.stage("Loading", model)
     if options["threads"]:
         import torch
 
@@ -175,7 +175,7 @@ def _load(
 
 
 def _check_choices(recipe: Recipe, options: dict[str, Any]) -> None:
-    """Everything that can be refused before the model is captured."""
+    """Refuse what can be refused before the model is loaded, which may take long."""
     from mopt.driver import TARGETS
     from mopt.registry import find_backend
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from mopt.lowering import Loaded
     from mopt.quality import Drift
 
-SAMPLE = "sample.npz"
 # A compressed model may be this much further from the original than its report says: the report
 # was made on calibration data, this check uses the example inputs.
 _MORE_DRIFT = 2.0
@@ -43,7 +42,7 @@ def command(
     trust: bool,
     threads: int | None,
 ) -> None:
-    from mopt.lowering import read_manifest
+    from mopt.lowering import SAMPLE, read_manifest
 
     manifest = read_manifest(folder)
     files = manifest["files"]
@@ -86,6 +85,7 @@ def _check_sample(folder: Path, manifest: dict[str, Any], threads: int | None) -
     import torch
 
     from mopt.input_files import convert, nest_inputs
+    from mopt.lowering import SAMPLE, plain_containers
     from mopt.npz_files import read_npz
     from mopt.pipeline import flat_tensors
     from mopt.proof import FLOAT_PARITY, INTEGER_PARITY
@@ -108,7 +108,7 @@ def _check_sample(folder: Path, manifest: dict[str, Any], threads: int | None) -
     expected = [torch.from_numpy(arrays[f"output_{i}"]) for i in range(len(signature.outputs))]
     args, kwargs = nest_inputs(signature, flat)
     with _open(folder, manifest, threads) as loaded:
-        outputs = flat_tensors(loaded(*args, **kwargs))
+        outputs = flat_tensors(plain_containers(loaded(*args, **kwargs)))
     drift = _compare(expected, outputs, "the outputs stored with it")
     limit = INTEGER_PARITY if _may_round(folder) else FLOAT_PARITY
     if not (drift.relative <= limit or drift.cosine > 0.999):

@@ -197,13 +197,9 @@ def test_force_replaces_only_artifacts(mopt: Call, net: str) -> None:
 
 
 WATCHED = """
-class Watched(Net):
-    def forward(self, x):
-        open("ran", "w").close()
-        return super().forward(x)
-
 def watched():
-    return {"model": Watched(), "example_inputs": batch(0)}
+    open("ran", "w").close()
+    return factory()
 """
 
 
@@ -230,7 +226,7 @@ def watched():
         (["-o", "net.py/below"], "output-exists", "no folder"),
     ],
 )
-def test_what_can_be_known_early_is_refused_before_the_model_runs(
+def test_what_can_be_known_early_is_refused_before_the_model_is_made(
     mopt: Call, place: Path, arguments: list[str], code: str | None, said: str
 ) -> None:
     write("net.py", WATCHED)

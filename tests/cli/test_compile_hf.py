@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -44,4 +42,7 @@ def test_a_bert_folder_compiles_runs_at_any_size_and_stays_close(mopt: Call) -> 
     )
     assert cosine[kept].min() > 0.99
     assert outputs["pooler_output"].shape == (3, 64)
-    assert Path("out/my-bert/manifest.json").is_file()
+    done = mopt("verify", "out/my-bert", "--model", "hf:my-bert")
+    assert done.code == 0, done.err
+    assert "same outputs as stored" in done.out
+    assert "close to hf:my-bert" in done.out
