@@ -22,8 +22,10 @@ from torch import nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+from mopt.effects import written_nodes
 from mopt.errors import CaptureError, InputError, quote
 from mopt.program import Coverage, Program
+from mopt.shapes import trust_shapes
 
 _TORCH_ROOT = str(Path(torch.__file__).parent)
 _MOPT_ROOT = str(Path(__file__).parent)
@@ -50,6 +52,7 @@ def capture(
         )
     args, kwargs = normalize_inputs(example_inputs)
     modes = [(module, module.training) for module in model.modules()]
+    buffers = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
     model.eval()
     try:
         _check_runs(model, args, kwargs)
@@ -57,6 +60,9 @@ def capture(
     finally:
         for module, training in modes:
             module.training = training
+        for buffer, version, content in buffers:
+            if buffer._version != version:  # forward counts calls, or the like
+                buffer.copy_(content)
     _require(program.coverage, require_coverage)
     return program
 
@@ -88,20 +94,44 @@ def export_program(
         exported = torch.export.export(
             model, traced_args, traced_kwargs or None, dynamic_shapes=dynamic_shapes, strict=False
         )
-        mutated = exported.graph_signature.buffers_to_mutate
-        if mutated:
-            names = ", ".join(sorted(mutated.values())[:3])
-            raise CaptureError(
-                f"forward writes to buffers of the model ({names}), which an artifact cannot keep",
-                code="buffer-mutation",
-                hint="return the new state from forward, or freeze it before compiling",
-            )
         module = exported.module(check_guards=False)
     for node in list(module.graph.nodes):
         if node.op == "get_attr" and not node.users:
             module.graph.erase_node(node)
     module.recompile()
-    return Program(module, args, kwargs, dynamic_shapes, name=type(model).__name__)
+    trust_shapes(module)
+    program = Program(module, args, kwargs, dynamic_shapes, name=type(model).__name__)
+    _refuse_written_weights(program)
+    return program
+
+
+def _refuse_written_weights(program: Program) -> None:
+    """Raise CaptureError if running the graph writes to its weights.
+
+    The graph alone tells which weights a call may write to; whether it does, a run tells.
+    """
+    suspects = {
+        str(node.target): program.weight(node)
+        for node in written_nodes(program)
+        if node.op == "get_attr"
+    }
+    if not suspects:
+        return
+    kept = {name: (tensor._version, tensor.clone()) for name, tensor in suspects.items()}
+    with torch.random.fork_rng(devices=[]):
+        program.run(*program.args, **program.kwargs)
+    written = []
+    for name, (version, content) in kept.items():
+        if suspects[name]._version != version:
+            written.append(name)
+            suspects[name].copy_(content)
+    if written:
+        names = ", ".join(sorted(written)[:3])
+        raise CaptureError(
+            f"forward writes to buffers of the model ({names}), which an artifact cannot keep",
+            code="buffer-mutation",
+            hint="return the new state from forward, or freeze it before compiling",
+        )
 
 
 def _capture_whole_or_parts(

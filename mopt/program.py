@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mopt.errors import PassError
 from mopt.flops import node_flops
+from mopt.shapes import derive_shapes
 
 if TYPE_CHECKING:
     from mopt.pipeline import Step
@@ -113,13 +113,7 @@ class Program:
         """Make the module run the edited graph, and fill in the shapes of new nodes."""
         self.graph.lint()
         self.graph_module.recompile()
-        self._propagate_shapes()
-
-    def _propagate_shapes(self) -> None:
-        inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
-        values = [node.meta.get("val") for node in inputs]
-        mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
-        FakeTensorProp(self.graph_module, mode).propagate_dont_convert_inputs(*values)
+        derive_shapes(self.graph_module)
 
     def verify(self) -> None:
         """Check the graph: well formed, every weight present, every shape derivable.
@@ -138,7 +132,7 @@ class Program:
         except RuntimeError as error:
             raise PassError(f"the graph is malformed: {error}", code="malformed-graph") from error
         try:
-            self._propagate_shapes()
+            derive_shapes(self.graph_module)
         except Exception as error:  # whatever an operator's shape rule raises
             node = _failing_node(error, self.graph)
             raise PassError(

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from mopt.effects import argument
 from mopt.layers import CONVOLUTIONS, EMBEDDING, LINEAR
-from mopt.passes.simplify._effects import argument
 from mopt.program import Program, module_path
 
 _aten = torch.ops.aten

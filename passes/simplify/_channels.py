@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from mopt.passes.simplify._effects import argument
+from mopt.effects import argument
 
 # Whatever the axes, every element of the result is one element of the argument.
 _MOVES = {

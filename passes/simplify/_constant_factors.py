@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from mopt.passes.simplify._effects import argument
+from mopt.effects import argument
 from mopt.program import Program
 
 _aten = torch.ops.aten

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from mopt.passes.simplify._effects import argument
+from mopt.effects import argument
 from mopt.program import Program
 
 # Row-major order is kept, so an equal shape means equal elements.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mopt.passes.simplify._effects import argument
+from mopt.effects import argument
 from mopt.program import Program
 
 _aten = torch.ops.aten

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from mopt.effects import argument, written_nodes
 from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, register_pass
 from mopt.passes.simplify._affine_layers import (
     AffineLayer,
@@ -17,7 +18,6 @@ from mopt.passes.simplify._affine_layers import (
     rounding_problem,
     store,
 )
-from mopt.passes.simplify._effects import argument, written_nodes
 from mopt.program import Program, iter_calls, module_path, site_of
 
 _BATCH_NORM = torch.ops.aten.batch_norm.default

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from mopt.effects import is_pure, written_nodes
 from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
-from mopt.passes.simplify._effects import is_pure, written_nodes
 from mopt.program import Program, module_path, site_of
 
 _ASSERTION = torch.ops.aten._assert_tensor_metadata.default
@@ -87,9 +87,8 @@ def _users(node: fx.Node) -> list[fx.Node]:
 
 def _is_plain(node: fx.Node) -> bool:
     """ATen operators only: those of other namespaces may unpack a compressed weight."""
-    if node.target is operator.getitem:
-        return True
-    assert isinstance(node.target, torch._ops.OpOverload)
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.target is operator.getitem
     return node.target.namespace in ("aten", "prims")
 
 

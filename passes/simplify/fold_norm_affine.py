@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from mopt.effects import argument, written_nodes
 from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, register_pass
 from mopt.passes.simplify._affine_layers import (
     AffineLayer,
@@ -18,7 +19,6 @@ from mopt.passes.simplify._affine_layers import (
     store,
 )
 from mopt.passes.simplify._channels import keeps_last_axis
-from mopt.passes.simplify._effects import argument, written_nodes
 from mopt.passes.simplify._rms_pattern import rms_scale
 from mopt.program import Program, module_path, site_of
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
+from mopt.effects import written_nodes
 from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, register_pass
 from mopt.passes.simplify._affine_layers import (
     AffineLayer,
@@ -19,7 +20,6 @@ from mopt.passes.simplify._affine_layers import (
 )
 from mopt.passes.simplify._channels import keeps_last_axis, moves_elements
 from mopt.passes.simplify._constant_factors import Factors, constant_factors
-from mopt.passes.simplify._effects import written_nodes
 from mopt.program import Program, module_path, site_of
 
 

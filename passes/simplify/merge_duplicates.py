@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from mopt.effects import is_pure, may_alias, returned_nodes, written_nodes
 from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, register_pass
-from mopt.passes.simplify._effects import is_pure, may_alias, returned_nodes, written_nodes
 from mopt.program import Program, module_path, site_of, tensor_hash
 
 

@@ -8,13 +8,13 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, register_pass
-from mopt.passes.simplify._effects import (
+from mopt.effects import (
     is_pure,
     memory_behind,
     returned_nodes,
     written_nodes,
 )
+from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, register_pass
 from mopt.passes.simplify._identities import Identity, find_identity
 from mopt.program import Program, module_path, site_of
 
