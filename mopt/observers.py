@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 BINS = 4096
+# Values are counted in pieces of this many, so that large activations are not copied whole.
+_PIECE = 1 << 22
 
 
 class Observer(Protocol):
@@ -72,12 +74,12 @@ class Histogram:
             self.start, self.width = low, spread / len(self.counts)
         self.low, self.high = min(self.low, low), max(self.high, high)
         self._cover(low, high)
-        flat = value.detach().reshape(-1)
         # In float32 the difference to the start of a huge range could overflow.
-        exact = flat.dtype == torch.float64 or self.width * len(self.counts) > 1e30
-        flat = flat.double() if exact else flat.float()
-        at = ((flat - self.start) / self.width).long().clamp_(0, len(self.counts) - 1)
-        self.counts += torch.bincount(at.cpu(), minlength=len(self.counts))
+        exact = value.dtype == torch.float64 or self.width * len(self.counts) > 1e30
+        for piece in value.detach().reshape(-1).split(_PIECE):
+            piece = piece.double() if exact else piece.float()
+            at = ((piece - self.start) / self.width).long().clamp_(0, len(self.counts) - 1)
+            self.counts += torch.bincount(at.cpu(), minlength=len(self.counts))
         return True
 
     def _cover(self, low: float, high: float) -> None:

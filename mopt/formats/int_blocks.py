@@ -98,6 +98,8 @@ class IntBlocks(GridFormat):
         reason = super().check(layer, weight)
         if reason:
             return reason
+        if weight.dtype == torch.float64:
+            return f"the weight is float64, {self.name} computes in 32 bits: call model.float()"
         columns = weight.shape[1]
         block = self.block(columns)
         padding = 1 - columns / (-(-columns // block) * block)

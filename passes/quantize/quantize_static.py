@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from mopt.formats import Encoded, Grid
-from mopt.formats.base import argument, require_finite, shared_weight
+from mopt.formats.base import require_finite
 from mopt.formats.grid import min_max_grid
 from mopt.formats.int_rows import Int8Qdq
-from mopt.layers import LINEAR, Layer, find_layers
+from mopt.layers import Layer, find_layers
 from mopt.observers import Histogram, MinMax
 from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
-from mopt.passes.quantize._edges import Edges, edge_of, find_edges, upper_limit
+from mopt.passes.quantize._codes import fit_bias, insert_codes, quantize_bias
+from mopt.passes.quantize._edges import find_edges
 from mopt.passes.quantize._weights import relative_error
 from mopt.program import Program
 from mopt.ranges import METHODS, estimate_range, range_observer
-
-_quantize = torch.ops.mopt.quantize.default
-_dequantize = torch.ops.mopt.dequantize.default
-_BIAS_LIMIT = 2**31 - 256  # the largest float32 below the end of int32, with some room
 
 
 @register_pass("quantize-static", numerics=Numerics.LOSSY)
@@ -94,13 +90,13 @@ class QuantizeStatic(Pass):
         error: dict[str, float] = {}
         for layer, one in encoded.items():
             weight = program.weight(layer.weight)
-            final = _fit_bias(program, layer, one, format_, edges, grids)
+            final = fit_bias(program, layer, one, format_, edges, grids)
             error[layer.path] = relative_error(weight, format_.decode(final))
             format_.place(program, layer, final)
             for call in layer.calls:
-                _quantize_bias(program, call, final, grids[edges.source[call.args[0]]])
+                quantize_bias(program, call, final, grids[edges.source[call.args[0]]])
         calls = {call for layer in encoded for call in layer.calls}
-        folded = _insert_codes(program, calls, edges, grids, self._zero_dtype)
+        folded = insert_codes(program, calls, edges, grids, self._zero_dtype)
         return PassResult(
             changed=True,
             stats={
@@ -170,120 +166,3 @@ def _ends(program: Program, calls: set[fx.Node]) -> tuple[set[fx.Node], set[fx.N
         if any(u in before or u in calls for u in node.users):
             before.add(node)
     return calls - after, calls - before
-
-
-def _fit_bias(
-    program: Program,
-    layer: Layer,
-    encoded: Encoded,
-    format_: Int8Qdq,
-    edges: Edges,
-    grids: dict[fx.Node, Grid],
-) -> Encoded:
-    """The encoding with wider scales for channels whose bias would not fit into 32 bits.
-
-    Such a bias is so much larger than the weights that what rounding them costs does not show.
-    """
-    scales = encoded.tensors["scales"]
-    wider = scales
-    for call in layer.calls:
-        bias = program.constant(argument(call, 2, "bias"))
-        if bias is not None:
-            step = grids[edges.source[call.args[0]]].scales
-            wider = torch.maximum(wider, bias.abs() / (step * _BIAS_LIMIT))
-    if torch.equal(wider, scales):
-        return encoded
-    return format_.encode(program.weight(layer.weight), grid=Grid(wider.unsqueeze(1)))
-
-
-def _quantize_bias(program: Program, call: fx.Node, encoded: Encoded, grid: Grid) -> None:
-    """Put the int32 bias with scale (input scale * weight scale) in place of the float one.
-
-    Linears on more than two dimensions keep theirs: there it is added after the integer product.
-    """
-    reader = argument(call, 2, "bias")
-    bias = program.constant(reader)
-    if bias is None or (call.target in LINEAR and call.args[0].meta["val"].dim() != 2):
-        return
-    scales = grid.scales * encoded.tensors["scales"]
-    codes = torch.round(bias.double() / scales.double()).to(torch.int32)
-    nodes = [
-        shared_weight(program, f"{reader.target}_{name}", tensor, call)
-        for name, tensor in (
-            ("codes", codes), ("scales", scales), ("zero_points", torch.zeros_like(codes))
-        )
-    ]  # fmt: skip
-    wide = program.insert_call(_dequantize, (*nodes, 0), like=call)
-    call.replace_input_with(reader, wide)
-    if not reader.users:
-        program.graph.erase_node(reader)
-
-
-def _insert_codes(
-    program: Program,
-    layers: set[fx.Node],
-    edges: Edges,
-    grids: dict[fx.Node, Grid],
-    dtype: torch.dtype,
-) -> int:
-    """Quantize each edge once and dequantize it before each reader; the number of folded ReLUs."""
-    last_input = [node for node in program.graph.nodes if node.op == "placeholder"][-1]
-    scalars: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
-    folded = 0
-    for edge, source in edges.source.items():
-        users = list(edge.users)
-        chosen = [u for u in users if (u in layers and u.args[0] is edge)
-                  or edges.is_integer_reader(u) or edge in edges.native]  # fmt: skip
-        after = last_input if edge.op == "placeholder" else edge
-        if source is edge:
-            scalars[edge] = _store_scalars(program, edge, grids[edge], after)
-            after = scalars[edge][-1]
-        parameters = scalars[source]
-        codes = _call_after(program, _quantize, (edge, *parameters, 0), after, edge)
-        for user in chosen:
-            back = program.insert_call(_dequantize, (codes, *parameters, 0), like=user)
-            back.meta.update({k: v for k, v in edge.meta.items() if k != "val"})
-            user.replace_input_with(edge, back)
-        folded += _fold_activation(program, edge, codes, grids[source], dtype)
-    return folded
-
-
-def _store_scalars(
-    program: Program, edge: fx.Node, grid: Grid, after: fx.Node
-) -> tuple[fx.Node, fx.Node]:
-    zeros = grid.zero_points
-    assert isinstance(zeros, Tensor)
-    before = after.next
-    return (
-        program.add_weight(f"{edge.name}_scale", grid.scales, before),
-        program.add_weight(f"{edge.name}_zero_point", zeros, before),
-    )
-
-
-def _call_after(
-    program: Program, target: Any, args: tuple[Any, ...], after: fx.Node, like: fx.Node
-) -> fx.Node:
-    with program.graph.inserting_after(after):
-        node = program.graph.call_function(target, args)
-    node.meta.update({k: v for k, v in like.meta.items() if k != "val"})
-    return node
-
-
-def _fold_activation(
-    program: Program, edge: fx.Node, codes: fx.Node, grid: Grid, dtype: torch.dtype
-) -> int:
-    """Remove a ReLU or clip that saturation to the code range already does."""
-    if edge.op != "call_function" or len(edge.users) != 1:
-        return 0
-    before = edge.args[0] if edge.args else None
-    if not isinstance(before, fx.Node) or edge_of(before) is not edge:
-        return 0
-    limit, limits = upper_limit(edge), torch.iinfo(dtype)
-    zeros = grid.zero_points
-    assert limit is not None and isinstance(zeros, Tensor)
-    zero = int(zeros)
-    if zero != limits.min or round(min(limit / float(grid.scales), 1e6)) + zero < limits.max:
-        return 0
-    codes.replace_input_with(edge, before)
-    program.graph.erase_node(edge)
-    return 1

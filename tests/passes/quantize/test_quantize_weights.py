@@ -23,6 +23,11 @@ def two_calls_of_one_layer() -> Sample:
     return sample(Apply(forward, layer=nn.Linear(32, 32)), normal(3, 32), dynamic=True)
 
 
+def double_precision() -> Sample:
+    made = sample(nn.Linear(32, 8), normal(2, 32))
+    return Sample(made.module.double(), (made.inputs[0].double(),))
+
+
 SMALL = {"min_size": 0}
 # The squared error of random weights is 0.7 % at 4 bits in groups of 32, 0.003 % at 8 bits: 8 % and
 # 0.5 % of an output's size, times about 3 for the largest of a few dozen outputs.
@@ -43,6 +48,7 @@ CASES = [
          skipped="in_features 20 in groups of 64 would store 69% padding; leave the layer out"),
     Case("group-that-fits", tiny.linear(48, 8), False, SMALL | {"group": 128},
          skipped="in_features 48 in groups of 128 would store 62% padding; group=16 fits"),
+    Case("float64-stays", double_precision, False, SMALL, skipped="call model.float()"),
     Case("convolutions-stay", tiny.conv_bn_relu(), False, SMALL, skipped="not convolutions"),
     Case("excluded-by-name", tiny.mlp(), False, SMALL | {"skip": "0,2"}),
 ]  # fmt: skip
