@@ -20,7 +20,7 @@ def command() -> None:
 @command.command("list")
 @click.pass_obj
 def list_command(out: Output) -> None:
-    """Every pass with what it does to numbers: exact, rounding or lossy."""
+    """Every pass with its family and its numerics."""
     listings = list(list_passes().values())
     if out.as_json:
         out.document({"passes": [_listing(one) for one in listings]})

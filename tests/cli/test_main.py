@@ -199,3 +199,9 @@ def test_options_are_read_from_the_environment(mopt: Call, monkeypatch: pytest.M
 def test_common_options_may_stand_before_the_command(mopt: Call) -> None:
     assert mopt("--json", "recipes", "list").document["recipes"]
     assert mopt("recipes", "--json", "list").document["recipes"]
+
+
+def test_shells_can_complete_command_names() -> None:
+    variables = {"_MOPT_COMPLETE": "bash_complete", "COMP_WORDS": "mopt in", "COMP_CWORD": "1"}
+    out, err = start(env={**os.environ, **variables}).communicate()
+    assert out.splitlines() == ["plain,inspect"], err
