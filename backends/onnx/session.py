@@ -49,7 +49,7 @@ _ORT_ERRORS = (
     RuntimeError,
     ValueError,
 )
-_PORT_TYPES = {
+_PORT_TYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype("float32"),
     "tensor(float16)": np.dtype("float16"),
     "tensor(double)": np.dtype("float64"),

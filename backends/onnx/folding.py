@@ -1,0 +1,84 @@
+"""A bound on what ONNX Runtime's constant folding may create while it loads a model.
+
+Folding runs every operator whose inputs are constants. Some make large values from small ones: 77
+bytes of model (a ConstantOfShape) take 383 MB. ``folding_is_bounded`` follows values through the
+graph; what may be a constant of a size it cannot tell counts as unbounded, and such a model is
+loaded without folding. Models whose weights are laid out when they are made lose nothing by that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mopt.backends.onnx.shapes import first_output
+from mopt.backends.onnx.values import (
+    VARIES,
+    UnboundedError,
+    Value,
+    value_of_constant,
+    value_of_input,
+    value_of_tensor,
+)
+from mopt.limits import DEFAULT_LIMITS, Limits
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def folding_is_bounded(
+    model: onnx.ModelProto, model_bytes: int, *, limits: Limits = DEFAULT_LIMITS
+) -> bool:
+    """Whether constant folding makes at most ``fold_bytes`` plus four times the model's size.
+
+    ``model`` may be a skeleton (large initializers without their bytes); ``model_bytes`` counts
+    all weights. No value may have more than 64 dimensions.
+    """
+    folding = _Folding(limits.fold_bytes + 4 * model_bytes)
+    try:
+        inputs = {declared.name: value_of_input(declared) for declared in model.graph.input}
+        folding.walk(model.graph, inputs)
+    except UnboundedError:
+        return False
+    return True
+
+
+class _Folding:
+    """One walk over a graph and its subgraphs; UnboundedError when it is too much or unknown."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.made = 0
+
+    def walk(self, graph: onnx.GraphProto, given: Mapping[str, Value]) -> None:
+        """``given`` are the values the graph sees from outside."""
+        known = dict(given)
+        for tensor in graph.initializer:
+            known[tensor.name] = value_of_tensor(tensor)
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.HasField("g"):
+                    # What a subgraph is called with is not known, whatever it declares.
+                    called = {declared.name: Value() for declared in attribute.g.input}
+                    self.walk(attribute.g, {**known, **called})
+            first = self._first_output(node, known)
+            # Other outputs of the operators that fold are at most as large as the first.
+            others = replace(first, shape=None, contents=None)
+            for index, name in enumerate(node.output):
+                known[name] = others if index else first
+                if first.is_constant and node.op_type != "Constant":
+                    self.made += first.nbytes
+            if self.made > self.most:
+                raise UnboundedError
+
+    def _first_output(self, node: onnx.NodeProto, known: Mapping[str, Value]) -> Value:
+        if node.op_type == "Constant" and not node.domain:
+            return value_of_constant(node)
+        inputs = [known.get(name, Value()) if name else Value() for name in node.input]
+        result = first_output(node, inputs)
+        if node.op_type in ("Shape", "Size") and not node.domain:
+            sizes = result.contents or ()
+            return replace(result, is_constant=VARIES not in sizes)
+        given = [value for name, value in zip(node.input, inputs, strict=True) if name]
+        return replace(result, is_constant=bool(given) and all(v.is_constant for v in given))
