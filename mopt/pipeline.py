@@ -18,8 +18,9 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from mopt.errors import MoptError, PassError, quote
+from mopt.hashes import tensor_hash
 from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip
-from mopt.program import Program, site_of, tensor_hash
+from mopt.program import Program, site_of
 from mopt.quality import Drift, drift
 
 
@@ -115,7 +116,7 @@ def _run_one(
         result = _run_part(one, old_parts[path], part, ctx)
         results.append(result)
         changed = changed or result.changed
-        after[path] = _outputs(part) if result.changed else before[path]
+        after[path] = _outputs_after(one, part) if result.changed else before[path]
         _check_numerics(one, old_parts[path], part, before[path], after[path])
     pairs = [(captured[path], after[path]) for path in captured]
     step = Step(
@@ -142,7 +143,6 @@ def _run_part(one: Pass, old: Program, part: Program, ctx: PassContext) -> PassR
     original, weights = old.fingerprint(), _weight_hashes(old)
     try:
         result = one.run(part, ctx)
-        part.refresh()
     except (MoptError, KeyboardInterrupt, MemoryError):
         raise
     except Exception as error:  # a pass may fail in any way; the pipeline names it
@@ -151,7 +151,12 @@ def _run_part(one: Pass, old: Program, part: Program, ctx: PassContext) -> PassR
             code="pass-failed",
             hint="run with -v for the traceback, or leave the pass out",
         ) from error
-    part.verify()
+    try:
+        part.verify()
+    except PassError as error:
+        raise PassError(f"{one.pass_name}: {error.message}", code=error.code, site=error.site,
+                        hint=error.hint) from error  # fmt: skip
+    part.refresh()
     written = [path for path, digest in _weight_hashes(old).items() if digest != weights[path]]
     if written:
         raise PassError(
@@ -180,16 +185,38 @@ def _outputs(part: Program) -> list[Any]:
     return [t for t in part.run_flat(*part.args, **part.kwargs) if isinstance(t, Tensor)]
 
 
+def _outputs_after(one: Pass, part: Program) -> list[Any]:
+    try:
+        return _outputs(part)
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:  # whatever an operator raises on its inputs
+        node = _first_failing_node(part)
+        where = f" at node {node.name!r}" if node is not None else ""
+        raise PassError(
+            f"{one.pass_name}: the program no longer runs on the sample inputs, it fails{where}: "
+            f"{type(error).__name__}: {error}",
+            code="program-fails",
+            site=site_of(node) if node is not None else None,
+            hint="leave the layer out with skip=..., or report the pass",
+        ) from error
+
+
+def _first_failing_node(part: Program) -> fx.Node | None:
+    """The node after the last one that still computes a value."""
+    done: set[fx.Node] = set()
+    try:
+        part.interpret(lambda node, value: done.add(node), part.args, part.kwargs)
+    except Exception:  # the failure that is being located
+        return next((node for node in part.graph.nodes if node not in done), None)
+    return None
+
+
 def _check_numerics(
     one: Pass, old: Program, new: Program, before: list[Tensor], after: list[Tensor]
 ) -> None:
     if before is after:
         return
-    if len(before) != len(after):
-        raise PassError(
-            f"{one.pass_name}: the program has {len(after)} outputs, it had {len(before)}",
-            code="output-count",
-        )
     for expected, found in zip(before, after, strict=True):
         if expected.shape != found.shape or expected.dtype != found.dtype:
             raise PassError(
@@ -197,9 +224,8 @@ def _check_numerics(
                 f"it was {expected.dtype} {tuple(expected.shape)}",
                 code="output-shape",
             )
-    finite = all(bool(torch.isfinite(t).all()) for t in after if t.is_floating_point())
-    was_finite = all(bool(torch.isfinite(t).all()) for t in before if t.is_floating_point())
-    if was_finite and not finite:
+    if any(bool((expected.isfinite() & ~found.isfinite()).any())
+           for expected, found in zip(before, after, strict=True)):  # fmt: skip
         _diverged(one, old, new, math.inf, "gives NaN or infinity")
     if one.numerics is Numerics.EXACT:
         for expected, found in zip(before, after, strict=True):

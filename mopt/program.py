@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils import _pytree as pytree
-from torch.utils.weak import WeakIdKeyDictionary
 
 from mopt.errors import PassError
 from mopt.flops import node_flops
+from mopt.hashes import tensor_hash
 from mopt.shapes import derive_shapes
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 _TORCH_ROOT = str(Path(torch.__file__).parent)
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
-_hashes: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -127,6 +126,12 @@ class Program:
                     code="missing-weight",
                     site=site_of(node),
                 )
+        spec = self.graph_module._out_spec
+        returned = len(pytree.tree_leaves(self.graph.output_node().args))
+        if returned != spec.num_leaves:
+            raise PassError(
+                f"the program has {returned} outputs, it had {spec.num_leaves}", code="output-count"
+            )
         try:
             self.graph.lint()
         except RuntimeError as error:
@@ -353,26 +358,6 @@ def _failing_node(error: BaseException, graph: fx.Graph) -> fx.Node | None:
     found = re.search(r"While executing %(\w+)", str(error))
     names = {node.name: node for node in graph.nodes}
     return names.get(found.group(1)) if found else None
-
-
-def tensor_hash(tensor: Tensor) -> str:
-    """SHA-256 of dtype, shape and content; remembered while the memory lives unchanged."""
-    if tensor.is_inference():  # such tensors do not count their changes
-        return _content_hash(tensor)
-    known = _hashes.setdefault(tensor.untyped_storage(), {})
-    place = (tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
-    version, digest = known.get(place, (None, ""))
-    if version != tensor._version:
-        digest = _content_hash(tensor)
-        known[place] = (tensor._version, digest)
-    return str(digest)
-
-
-def _content_hash(tensor: Tensor) -> str:
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    digest.update(memoryview(flat.numpy()))
-    return digest.hexdigest()
 
 
 def module_path(node: fx.Node) -> str:

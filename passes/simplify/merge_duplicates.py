@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx
 
 from mopt.effects import is_pure, may_alias, returned_nodes, written_nodes
+from mopt.hashes import tensor_hash
 from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, register_pass
-from mopt.program import Program, module_path, site_of, tensor_hash
+from mopt.program import Program, module_path, site_of
 
 
 @register_pass("merge-duplicates", numerics=Numerics.EXACT)
