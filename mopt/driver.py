@@ -99,8 +99,9 @@ def compile(
     program = capture(model, example_inputs, dynamic_shapes, require_coverage=require_coverage)
     program.name = name or program.name
     progress.end(
-        f"{program.name} ({program.parameter_count() / 1e6:.3g} M parameters), "
-        f"{program.coverage.parameters:.0%} of parameters, {program.coverage.flops:.0%} of FLOPs"
+        f"{program.name} ({_count(program.parameter_count())} parameters), "
+        f"{100 * program.coverage.parameters:.3g} % of parameters, "
+        f"{100 * program.coverage.flops:.3g} % of FLOPs"
     )
     data = Calibration(calibration, program) if calibration is not None else None
     context = PassContext(
@@ -112,12 +113,14 @@ def compile(
     )
     progress.stage("Compressing")
     common = Recipe.load(BASELINE).passes()
-    base = Pipeline(common, tuple(callbacks)).run(program, context)
+    watchers = tuple(callbacks)
     if passes[: len(common)] == common:  # most recipes begin with what the baseline runs
-        rest = Pipeline(passes[len(common) :], tuple(callbacks))
+        base = Pipeline(common, watchers).run(program, context)
+        rest = Pipeline(passes[len(common) :], watchers)
         result = rest.run(base, context, reference=program)
     else:
-        result = Pipeline(passes, tuple(callbacks)).run(program, context)
+        base = Pipeline(common).run(program, context)
+        result = Pipeline(passes, watchers).run(program, context)
     progress.end(
         f"{len(result.steps)} passes, {sum(step.changed for step in result.steps)} changed"
     )
@@ -135,7 +138,9 @@ def compile(
     progress.stage("Checking", "quality")
     batches = list(islice(data, QUALITY_BATCHES)) if data is not None else []
     quality = measure_quality(program, artifact, evaluate, batches, progress)
-    progress.end(f"outputs on {quality.batches} batches" + (", metric" if quality.result else ""))
+    batch_word = "batch" if quality.batches == 1 else "batches"
+    metric_word = f", {quality.result.name}" if quality.result else ""
+    progress.end(f"outputs on {quality.batches} {batch_word}{metric_word}")
     timing = None
     if settings.measure and program.coverage.is_whole:
         progress.stage("Measuring")
@@ -156,6 +161,13 @@ def compile(
 
 
 TARGETS = ("host", "cpu")
+
+
+def _count(number: float) -> str:
+    for size, word in ((1e9, " billion"), (1e6, " million"), (1e3, " thousand")):
+        if number >= size:
+            return f"{number / size:.3g}{word}"
+    return str(int(number))
 
 
 def _fits_eager(program: Program) -> bool:

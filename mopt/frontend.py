@@ -222,7 +222,7 @@ def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _require(coverage: Coverage, required: float) -> None:
     share = min(coverage.parameters, coverage.flops)
-    if share < required:
+    if share < required or (required >= 1 and not coverage.is_whole):
         worst = max(coverage.outside, key=lambda part: (part.flops, part.parameters))
         raise CaptureError(
             f"{share:.1%} of the model was captured, {required:.1%} are required; "

@@ -56,7 +56,7 @@ class Recipe:
             return Recipe.from_toml(path.read_bytes(), source=text)
         presets = preset_files()
         if text not in presets:
-            raise unknown_name("recipe", text, presets, "mopt compile --help")
+            raise unknown_name("recipe", text, presets, "mopt recipes list")
         return Recipe.from_toml(presets[text].read_bytes(), source=f"preset {text}")
 
     @staticmethod
