@@ -122,5 +122,6 @@ def _parse_one(text: str) -> Constraint:
         raise UsageError(
             f"budget {quote(text)}: unit {quote(unit)} is not one of {units}",
             code="bad-budget-unit",
+            hint="for example 'size<=25MB', 'latency<=8ms', 'latency<=0.5x'",
         )
     return Constraint(what, value * _UNITS[what][unit], False, text.strip())

@@ -48,7 +48,9 @@ def capture(
     """
     if not isinstance(model, nn.Module):
         raise InputError(
-            f"expected a torch.nn.Module, found {type(model).__name__}", code="not-a-module"
+            f"expected a torch.nn.Module, found {type(model).__name__}",
+            code="not-a-module",
+            hint="pass the module itself, not its name, class or state dict",
         )
     args, kwargs = normalize_inputs(example_inputs)
     modes = [(module, module.training) for module in model.modules()]

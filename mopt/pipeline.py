@@ -139,7 +139,11 @@ def _run_one(
 def _run_part(one: Pass, old: Program, part: Program, ctx: PassContext) -> PassResult:
     reason = one.requires(part, ctx)
     if reason:
-        raise PassError(f"{one.pass_name}: {reason}", code="pass-requires")
+        raise PassError(
+            f"{one.pass_name}: {reason}",
+            code="pass-requires",
+            hint=f"mopt passes explain {one.pass_name}",
+        )
     original, weights = old.fingerprint(), _weight_hashes(old)
     try:
         result = one.run(part, ctx)

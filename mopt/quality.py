@@ -130,7 +130,7 @@ def evaluate_metric(evaluate: Callable[..., Any], run: Callable[..., Any]) -> Me
         raise InputError(
             f"evaluate returned {quote(result)}, expected a number",
             code="bad-metric",
-            hint='return a float, or {"metric": "accuracy", "value": 0.9, "higher_is_better": True}',
+            hint='return a number, or {"metric": ..., "value": 0.9, "higher_is_better": True}',
         ) from error
     if not math.isfinite(number):
         raise InputError(f"evaluate returned {number}", code="bad-metric")

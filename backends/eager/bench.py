@@ -6,7 +6,9 @@ Prints one JSON line as ``mopt.measure`` expects it.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,7 +26,7 @@ def main(folder: str, inputs: str, threads: int) -> None:
     empty = Signature((), (), (), {}, {"value": None})
     values = [torch.as_tensor(value) for value in arrays.values()]
 
-    def load() -> object:
+    def load() -> Callable[[], Any]:
         runner = BACKEND.open(Path(folder), empty, threads=threads or None)
         return lambda: runner.run(values)
 

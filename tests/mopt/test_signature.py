@@ -63,9 +63,11 @@ def test_a_constant_input_is_fixed() -> None:
 
 _trees = st.recursive(
     st.integers(0, 9).map(np.array) | st.sampled_from([None, True, 3, "x"]),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.lists(inner, max_size=3).map(tuple)
-    | st.dictionaries(st.text("abc", min_size=1, max_size=2), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(st.text("abc", min_size=1, max_size=2), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
