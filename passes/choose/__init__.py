@@ -1,0 +1,1 @@
+"""Passes that decide, under a budget, what every layer becomes."""
