@@ -16,50 +16,28 @@ import os
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from mopt.backends.onnx.external import ExternalTensor, external_tensors
-from mopt.backends.onnx.wire import scan_model
+from mopt.backends.onnx.options import SESSION_CONFIG
+from mopt.backends.onnx.runner import ORT_ERRORS, OnnxRunner, first_line, is_memory_error
+from mopt.backends.onnx.walker import CheckedModel, check_model
+from mopt.backends.onnx.wire import ELEMENT_BITS, scan_model
 from mopt.bench_loop import run_bench
 from mopt.errors import ArtifactError, InputError, LimitError, MoptError, UsageError, quote
 from mopt.limits import DEFAULT_LIMITS, Limits
 from mopt.npz_files import read_npz
 from mopt.safe_read import Folder, OpenFile
 
-# Configuration entries every session gets; see ONNX Runtime's session option keys.
-SESSION_OPTIONS: dict[str, str] = {}
 MODEL = "model.onnx"
 DATA_SUFFIX = ".data"
+_DISABLED = "optimization.disable_specified_optimizers"
 
-_ORT_ERRORS = (
-    ort_errors.Fail,
-    ort_errors.InvalidArgument,
-    ort_errors.InvalidGraph,
-    ort_errors.InvalidProtobuf,
-    ort_errors.NoSuchFile,
-    ort_errors.NotImplemented,
-    ort_errors.RuntimeException,
-    RuntimeError,
-    ValueError,
-)
-_PORT_TYPES: dict[str, np.dtype[Any]] = {
-    "tensor(float)": np.dtype("float32"),
-    "tensor(float16)": np.dtype("float16"),
-    "tensor(double)": np.dtype("float64"),
-    "tensor(bool)": np.dtype("bool"),
-    **{
-        f"tensor({sign}int{bits})": np.dtype(f"{sign}int{bits}")
-        for sign in ("", "u")
-        for bits in (8, 16, 32, 64)
-    },
-}
 # How external bytes reach ONNX Runtime: numpy types it takes, by TensorProto.DataType; the rest
 # goes in as bytes with the type said beside it.
 _RAW_TYPES = {
@@ -69,118 +47,13 @@ _RAW_TYPES = {
 _TWO_BYTE_TYPES = {16: "uint16"}
 
 
-@dataclass(frozen=True)
-class Port:
-    """An input or output: ``shape`` has numbers, and names or None for sizes that may vary."""
-
-    name: str
-    dtype: np.dtype
-    shape: tuple[int | str | None, ...]
-
-    def __str__(self) -> str:
-        sizes = ", ".join("?" if size is None else str(size) for size in self.shape)
-        return f"{self.dtype.name}[{sizes}]"
-
-
-class OnnxRunner:
-    """A loaded model. ``inputs`` and ``outputs`` say what it takes and gives, in order."""
-
-    def __init__(self, session: ort.InferenceSession, name: str, kept: list[Any]) -> None:
-        self._session: ort.InferenceSession | None = session
-        # Mapped weights must outlive the session that reads them.
-        self._kept = kept
-        self.inputs = _ports(session.get_inputs(), name)
-        self.outputs = _ports(session.get_outputs(), name)
-        self._output_names = [port.name for port in self.outputs]
-
-    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Outputs for inputs in the order of ``inputs``; the arrays are not changed.
-
-        Raises InputError (``input-count``, ``input-dtype``, ``input-shape``, or ``onnx-run-failed``
-        for values the model cannot take), LimitError ``out-of-memory``, or UsageError
-        ``runner-closed``.
-        """
-        if self._session is None:
-            raise UsageError("the model was closed", code="runner-closed", hint="load it again")
-        feed = self._checked(inputs)
-        try:
-            return self._session.run(self._output_names, feed)
-        except _ORT_ERRORS as e:
-            if _is_memory_error(e):
-                raise LimitError(
-                    f"no memory to run the model on {_shapes(inputs)}",
-                    code="out-of-memory",
-                    hint="use a smaller batch or a machine with more memory",
-                ) from e
-            raise InputError(
-                f"the model cannot run on these values ({_shapes(inputs)}): {_first_line(e)}",
-                code="onnx-run-failed",
-            ) from e
-        except MemoryError as e:
-            raise LimitError(
-                f"no memory to run the model on {_shapes(inputs)}", code="out-of-memory"
-            ) from e
-
-    def _checked(self, inputs: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        if len(inputs) != len(self.inputs):
-            wanted = ", ".join(f"{port.name} {port}" for port in self.inputs)
-            raise InputError(
-                f"expected {len(self.inputs)} inputs, found {len(inputs)}",
-                code="input-count",
-                hint=f"the model takes {wanted}",
-            )
-        feed: dict[str, np.ndarray] = {}
-        sizes: dict[str, tuple[int, str]] = {}
-        for port, value in zip(self.inputs, inputs, strict=True):
-            array = np.asarray(value)
-            found = f"{array.dtype.name}[{', '.join(map(str, array.shape))}]"
-            if array.dtype != port.dtype:
-                raise InputError(
-                    f"input {quote(port.name)}: expected {port}, found {found}",
-                    code="input-dtype",
-                    hint=f"convert it: .astype('{port.dtype.name}')",
-                )
-            if len(array.shape) != len(port.shape) or any(
-                isinstance(size, int) and size != have
-                for size, have in zip(port.shape, array.shape, strict=True)
-            ):
-                raise InputError(
-                    f"input {quote(port.name)}: expected {port}, found {found}", code="input-shape"
-                )
-            for size, have in zip(port.shape, array.shape, strict=True):
-                if isinstance(size, str):
-                    before, where = sizes.setdefault(size, (have, port.name))
-                    if before != have:
-                        raise InputError(
-                            f"input {quote(port.name)}: {quote(size)} is {have}, but {before} in "
-                            f"input {quote(where)}",
-                            code="input-shape",
-                        )
-            feed[port.name] = np.ascontiguousarray(array)
-        return feed
-
-    def close(self) -> None:
-        """Free the model's memory; running it afterwards is an error. May be called again."""
-        self._session = None
-        self._kept = []
-
-    def __enter__(self) -> OnnxRunner:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
 def open_session(
     path: str | os.PathLike[str],
     *,
     threads: int | None = None,
     spinning: bool = True,
+    check: bool = True,
+    folding: bool = True,
     sha256: Mapping[str, str] | None = None,
     limits: Limits = DEFAULT_LIMITS,
 ) -> OnnxRunner:
@@ -189,57 +62,95 @@ def open_session(
     Weights outside it stand in one file beside it, named after it with ``.data``; they are mapped,
     not read. ``threads`` None or 0 leaves the number to ONNX Runtime (the physical cores).
     ``spinning`` lets its threads wait busily between operators: faster alone, several times slower
-    with a second session at work on few cores. ``sha256`` gives hashes by file name, checked on the
-    very handles that are loaded.
+    with a second session at work on few cores. ``check`` has ``check_model`` look at the model
+    first, which also decides about constant folding; without it ``folding`` does. ``sha256`` gives
+    hashes by file name, checked on the very handles that are loaded.
 
-    Raises ArtifactError (``file-not-found``, ``unsafe-file``, ``onnx-format``, ``onnx-external``,
-    ``altered-artifact``, ``onnx-load-failed``), LimitError or UsageError.
+    Raises ArtifactError (``file-not-found``, ``unsafe-file``, ``onnx-format``, ``onnx-forbidden``,
+    ``onnx-external``, ``altered-artifact``, ``onnx-load-failed``), LimitError or UsageError.
     """
     if threads is not None and not 0 <= threads <= 4096:
         raise UsageError(f"{threads} threads, expected 1 to 4096", code="threads")
-    given = Path(path)
-    folder, name = (given, MODEL) if given.is_dir() else (given.parent, given.name)
-    data_name = name + DATA_SUFFIX
-    with Folder(folder, limits) as opened, opened.open_file(name) as model:
-        data = opened.open_file(data_name) if opened.has(data_name) else None
-        try:
-            _check_hashes([f for f in (model, data) if f is not None], sha256 or {})
-            outline = scan_model(model, limits=limits)
-            external = external_tensors(outline, model, data, data_name)
-            return _start(model, data, external, threads, spinning)
-        finally:
-            if data is not None:
-                data.close()
+    with _ModelFiles(path, limits) as files:
+        files.check_hashes(sha256 or {})
+        outline = scan_model(files.model, limits=limits)
+        external = external_tensors(outline, files.model, files.data, files.data_name)
+        if check:
+            folding = check_model(files.model, outline, limits=limits).may_fold
+        return _start(files, external, _options(threads, spinning, folding))
 
 
-def _check_hashes(files: list[OpenFile], sha256: Mapping[str, str]) -> None:
-    for file in files:
-        if file.name in sha256 and file.sha256() != sha256[file.name]:
-            raise ArtifactError(
-                f"{file.name} does not match its hash",
-                code="altered-artifact",
-                hint="compile again, or fetch the artifact again",
-            )
+def check_file(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS) -> CheckedModel:
+    """The checks of ``open_session`` alone, with the same errors; nothing is loaded."""
+    with _ModelFiles(path, limits) as files:
+        outline = scan_model(files.model, limits=limits)
+        external_tensors(outline, files.model, files.data, files.data_name)
+        return check_model(files.model, outline, limits=limits)
 
 
-def _start(
-    model: OpenFile,
-    data: OpenFile | None,
-    external: tuple[ExternalTensor, ...],
-    threads: int | None,
-    spinning: bool,
-) -> OnnxRunner:
+class _ModelFiles:
+    """The opened file or files of one model."""
+
+    def __init__(self, path: str | os.PathLike[str], limits: Limits) -> None:
+        given = Path(path)
+        folder, name = (given, MODEL) if given.is_dir() else (given.parent, given.name)
+        self.data_name = name + DATA_SUFFIX
+        self.data: OpenFile | None = None
+        with Folder(folder, limits) as opened:
+            self.model = opened.open_file(name)
+            if opened.has(self.data_name):
+                try:
+                    self.data = opened.open_file(self.data_name)
+                except MoptError:
+                    self.model.close()
+                    raise
+
+    def check_hashes(self, sha256: Mapping[str, str]) -> None:
+        for file in (self.model, self.data):
+            if file is not None and file.name in sha256 and file.sha256() != sha256[file.name]:
+                raise ArtifactError(
+                    f"{file.name} does not match its hash",
+                    code="altered-artifact",
+                    hint="compile again, or fetch the artifact again",
+                )
+
+    def __enter__(self) -> _ModelFiles:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.model.close()
+        if self.data is not None:
+            self.data.close()
+
+
+def _options(threads: int | None, spinning: bool, folding: bool) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # its warnings are about the model, not about what users did
-    for key, value in SESSION_OPTIONS.items():
+    entries = dict(SESSION_CONFIG)
+    entries["session.intra_op.allow_spinning"] = "1" if spinning else "0"
+    if not folding:
+        disabled = entries.get(_DISABLED, "")
+        entries[_DISABLED] = f"{disabled};ConstantFolding" if disabled else "ConstantFolding"
+    for key, value in entries.items():
         options.add_session_config_entry(key, value)
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    return options
+
+
+def _start(
+    files: _ModelFiles, external: tuple[ExternalTensor, ...], options: ort.SessionOptions
+) -> OnnxRunner:
+    model = files.model
     kept: list[Any] = []
     try:
-        if external and data is not None:
-            kept.append(data.map())
+        if external and files.data is not None:
+            kept.append(files.data.map())
             values = [_external_value(kept[0], tensor) for tensor in external]
             kept.append(values)
             options.add_external_initializers([tensor.name for tensor in external], values)
@@ -247,11 +158,11 @@ def _start(
         session = ort.InferenceSession(
             model.handle_path, options, providers=["CPUExecutionProvider"]
         )
-    except _ORT_ERRORS as e:
-        if _is_memory_error(e):
+    except ORT_ERRORS as e:
+        if is_memory_error(e):
             raise LimitError(f"no memory to load {model.name}", code="out-of-memory") from e
         raise ArtifactError(
-            f"ONNX Runtime {ort.__version__} cannot load {model.name}: {_first_line(e)}",
+            f"ONNX Runtime {ort.__version__} cannot load {model.name}: {first_line(e)}",
             code="onnx-load-failed",
         ) from e
     except MemoryError as e:
@@ -260,49 +171,23 @@ def _start(
 
 
 def _external_value(mapped: mmap.mmap, tensor: ExternalTensor) -> ort.OrtValue:
-    """The weight as a value over the mapped bytes: nothing is copied."""
+    """The weight as a value over the mapped bytes; only what is packed or misaligned is copied."""
     plain = _RAW_TYPES.get(tensor.data_type)
     dtype = np.dtype(plain or _TWO_BYTE_TYPES.get(tensor.data_type, "uint8"))
     count = math.prod(tensor.dims)
-    if not count:
-        array = np.zeros(0, dtype)
-    elif tensor.offset % dtype.itemsize:
+    if ELEMENT_BITS[tensor.data_type] < 8:
+        # ONNX Runtime takes the shape from the array, and reads as many packed bytes as it needs.
+        array = np.zeros(count, dtype)
+        array[: tensor.nbytes] = np.frombuffer(mapped, dtype, tensor.nbytes, tensor.offset)
+    elif tensor.offset % dtype.itemsize or not count:
         raw = mapped[tensor.offset : tensor.offset + tensor.nbytes]
         array = np.frombuffer(raw, dtype)
     else:
-        array = np.frombuffer(mapped, dtype, tensor.nbytes // dtype.itemsize, tensor.offset)
+        array = np.frombuffer(mapped, dtype, count, tensor.offset)
+    array = array.reshape(tensor.dims)
     if plain:
-        return ort.OrtValue.ortvalue_from_numpy(array.reshape(tensor.dims))
-    if array.size == count:
-        array = array.reshape(tensor.dims)
+        return ort.OrtValue.ortvalue_from_numpy(array)
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, tensor.data_type)
-
-
-def _ports(arguments: Sequence[Any], model: str) -> tuple[Port, ...]:
-    ports = []
-    for argument in arguments:
-        if argument.type not in _PORT_TYPES:
-            raise ArtifactError(
-                f"{model}: {quote(argument.name)} is a {argument.type}, which cannot be given or "
-                "taken as a numpy array",
-                code="onnx-port-type",
-                hint="let the model convert at its border, for example to float32",
-            )
-        ports.append(Port(argument.name, _PORT_TYPES[argument.type], tuple(argument.shape)))
-    return tuple(ports)
-
-
-def _shapes(inputs: Sequence[np.ndarray]) -> str:
-    return ", ".join(str(list(np.shape(value))) for value in inputs)
-
-
-def _first_line(e: BaseException) -> str:
-    return quote((str(e).strip() or type(e).__name__).splitlines()[0], 300)
-
-
-def _is_memory_error(e: BaseException) -> bool:
-    text = str(e)
-    return "Failed to allocate memory" in text or "bad_alloc" in text or "bad allocation" in text
 
 
 def bench_command(
@@ -310,13 +195,15 @@ def bench_command(
 ) -> list[str]:
     """The command that times a model in a fresh process, for ``mopt.measure.Subject``.
 
-    ``inputs`` is an npz file with one array per input, by name.
+    ``inputs`` is an npz file with one array per input, by name. The model is checked here, once,
+    with the errors of ``check_file``, so that what is timed is loading and running alone.
     """
-    return [
+    command = [
         sys.executable, "-P", "-m", "mopt.backends.onnx.session",
         "--bench", os.path.abspath(path), "--inputs", os.path.abspath(inputs),  # noqa: PTH100
-        "--threads", str(threads or 0),
+        "--threads", str(threads or 0), "--unchecked",
     ]  # fmt: skip
+    return command if check_file(path).may_fold else [*command, "--no-folding"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -326,30 +213,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--inputs", metavar="NPZ", help="arrays by input name; none: only load")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--no-spinning", action="store_true")
+    parser.add_argument("--unchecked", action="store_true", help="the model was checked before")
+    parser.add_argument("--no-folding", action="store_true", help="with --unchecked")
     parser.add_argument("--max-memory", type=int, metavar="BYTES", help="private memory allowed")
     given = parser.parse_args(arguments)
     if given.max_memory is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (given.max_memory, given.max_memory))
     try:
-        print(_bench(given.bench, given.inputs, given.threads, not given.no_spinning))
+        print(_bench(given))
     except MoptError as e:
         print(e, file=sys.stderr)
         return e.exit_code
     return 0
 
 
-def _bench(path: str, inputs: str | None, threads: int, spinning: bool) -> str:
-    if inputs is None:
-        open_session(path, threads=threads, spinning=spinning).close()
+def _bench(given: argparse.Namespace) -> str:
+    # Before the measuring begins: what checking takes is no part of the model's time or memory.
+    folding = not given.no_folding if given.unchecked else check_file(given.bench).may_fold
+
+    def open_model() -> OnnxRunner:
+        return open_session(
+            given.bench,
+            threads=given.threads,
+            spinning=not given.no_spinning,
+            check=False,
+            folding=folding,
+        )
+
+    if given.inputs is None:
+        open_model().close()
         return "{}"
-    arrays = read_npz(inputs)
+    arrays = read_npz(given.inputs)
 
     def load() -> Any:
-        runner = open_session(path, threads=threads, spinning=spinning)
+        runner = open_model()
         names = [port.name for port in runner.inputs]
         if set(names) != set(arrays):
             raise InputError(
-                f"{inputs} holds {quote(sorted(arrays))}, expected {quote(sorted(names))}",
+                f"{given.inputs} holds {quote(sorted(arrays))}, expected {quote(sorted(names))}",
                 code="input-names",
             )
         values = [arrays[name] for name in names]

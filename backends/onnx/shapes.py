@@ -21,6 +21,7 @@ from mopt.backends.onnx.values import (
     Value,
     broadcast,
     checked_sizes,
+    computed,
     count,
     integer_attribute,
     integers_attribute,
@@ -82,18 +83,6 @@ def _converted(node: onnx.NodeProto, inputs: Inputs) -> Value:
     return replace(inputs[0], contents=kept, width=WIDEST)
 
 
-_ARITHMETIC: dict[str, Callable[..., int]] = {
-    "Add": lambda a, b: a + b,
-    "Sub": lambda a, b: a - b,
-    "Mul": lambda a, b: a * b,
-    "Div": lambda a, b: abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1) if b else 0,
-    "Max": max,
-    "Min": min,
-    "Equal": lambda a, b: int(a == b),
-    "Where": lambda c, a, b: a if c else b,
-}
-
-
 @_rule(
     """Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less
     LessOrEqual Max Mean Min Mod Mul Or PRelu Pow Sub Sum Where Xor"""
@@ -102,27 +91,9 @@ def _elementwise(node: onnx.NodeProto, inputs: Inputs) -> Value:
     shape = broadcast([value.shape for value in inputs])
     bounds = [max(value.elements, 1) for value in inputs if value.elements is not None]
     elements = math.prod(bounds) if len(bounds) == len(inputs) else None
-    return Value(shape, _computed(node.op_type, inputs), elements=elements)
-
-
-def _computed(op: str, inputs: Inputs) -> Sizes | None:
-    rows = [value.contents for value in inputs if value.contents]
-    length = max((len(row) for row in rows), default=0)
-    uneven = any(len(row) not in (1, length) for row in rows)
-    if op not in _ARITHMETIC or len(rows) < len(inputs) or uneven:
-        return None
-    columns = zip(*(row * (length // len(row)) for row in rows), strict=True)
-    return tuple(_compute(op, column) for column in columns)
-
-
-def _compute(op: str, operands: Sequence[Size]) -> Size:
-    numbers = [n for n in operands if isinstance(n, int)]
-    if len(numbers) == len(operands):
-        result = _ARITHMETIC[op](*numbers)
-        # Beyond 64 bits a runtime wraps around; following such numbers would take ever longer.
-        return result if abs(result) < 1 << 62 else None
-    # A comparison or a choice may come out the same whatever varies.
-    return VARIES if None not in operands and op in ("Add", "Sub", "Mul", "Div") else None
+    return Value(
+        shape, computed(node.op_type, [value.contents for value in inputs]), elements=elements
+    )
 
 
 @_rule("Shape")
@@ -236,26 +207,29 @@ def _sum(sizes: Sequence[Size]) -> Size:
 @_rule("Slice")
 def _slice(node: onnx.NodeProto, inputs: Inputs) -> Value:
     data, padded = inputs[0], [*inputs[1:], *[Value()] * 4]
-    starts, stops, axes, steps = (value.integers for value in padded[:4])
+    starts, stops = (value.contents for value in padded[:2])
+    axes, steps = (value.integers for value in padded[2:4])
+    is_given = [value.shape is not None or value.contents is not None for value in padded[2:4]]
     whole = replace(data, shape=None, contents=None)
-    is_missing = [i < len(inputs) and inputs[i].shape is not None for i in (3, 4)]
     if data.shape is None or starts is None or stops is None or len(starts) != len(stops):
         return whole
-    if (axes is None and is_missing[0]) or (steps is None and is_missing[1]):
+    if (axes is None and is_given[0]) or (steps is None and is_given[1]):
         return whole
     axes = axes if axes is not None else tuple(range(len(starts)))
     steps = steps if steps is not None else (1,) * len(starts)
     rank = len(data.shape)
-    if {len(axes), len(steps)} != {len(starts)} or 0 in steps:
+    in_range = all(-rank <= axis < rank for axis in axes)
+    if {len(axes), len(steps)} != {len(starts)} or 0 in steps or not in_range:
         return whole
-    sizes, contents = list(data.shape), data.contents
+    sizes, contents = list(data.shape), data.contents if rank == 1 else None
     for start, stop, axis, step in zip(starts, stops, axes, steps, strict=True):
-        if not -rank <= axis < rank:
-            return whole
-        size = sizes[axis]
-        if isinstance(size, int):
-            sizes[axis] = len(range(size)[start:stop:step])
-        contents = contents[start:stop:step] if contents is not None and rank == 1 else None
+        if isinstance(start, int) and isinstance(stop, int):
+            size = sizes[axis]
+            if isinstance(size, int):
+                sizes[axis] = len(range(size)[start:stop:step])
+            contents = contents[start:stop:step] if contents is not None else None
+        else:
+            sizes[axis], contents = (None if None in (start, stop) else VARIES), None
     return replace(data, shape=tuple(sizes), contents=contents)
 
 

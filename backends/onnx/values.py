@@ -8,7 +8,7 @@ Contents are followed only where they are shapes, axes or bounds: up to 64 integ
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -25,6 +25,17 @@ MOST_CONTENTS = 64
 WIDEST = 8
 _LARGEST_SIZE = 1 << 48
 _INTEGER_TYPES = frozenset({6, 7, 9})
+
+_ARITHMETIC: dict[str, Callable[..., int]] = {
+    "Add": lambda a, b: a + b,
+    "Sub": lambda a, b: a - b,
+    "Mul": lambda a, b: a * b,
+    "Div": lambda a, b: abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1) if b else 0,
+    "Max": max,
+    "Min": min,
+    "Equal": lambda a, b: int(a == b),
+    "Where": lambda c, a, b: a if c else b,
+}
 
 
 class UnboundedError(Exception):
@@ -96,6 +107,27 @@ def _broadcast_size(sizes: Sequence[Size]) -> Size:
     if None in sizes:
         return None
     return VARIES if VARIES in sizes else 1
+
+
+def computed(op: str, operands: Sequence[Sizes | None]) -> Sizes | None:
+    """What an elementwise operator makes of known contents; None for others."""
+    rows = [row for row in operands if row]
+    length = max((len(row) for row in rows), default=0)
+    uneven = any(len(row) not in (1, length) for row in rows)
+    if op not in _ARITHMETIC or len(rows) < len(operands) or uneven:
+        return None
+    columns = zip(*(row * (length // len(row)) for row in rows), strict=True)
+    return tuple(_compute(op, column) for column in columns)
+
+
+def _compute(op: str, operands: Sequence[Size]) -> Size:
+    numbers = [n for n in operands if isinstance(n, int)]
+    if len(numbers) == len(operands):
+        result = _ARITHMETIC[op](*numbers)
+        # Beyond 64 bits a runtime wraps around; following such numbers would take ever longer.
+        return result if abs(result) < 1 << 62 else None
+    # A comparison or a choice may come out the same whatever varies.
+    return VARIES if None not in operands and op in ("Add", "Sub", "Mul", "Div") else None
 
 
 def value_of_tensor(tensor: onnx.TensorProto) -> Value:

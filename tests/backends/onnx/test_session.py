@@ -14,7 +14,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mopt.backends.onnx.session import bench_command, open_session
+from mopt.backends.onnx.session import bench_command, check_file, open_session
 from mopt.errors import ArtifactError, InputError, LimitError, MoptError, UsageError
 from mopt.limits import parse_limits
 from mopt.measure import Subject, compare, measure_one
@@ -195,6 +195,92 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     onnx.save(model, folder / "model.onnx")
     with pytest.raises(MoptError):
         open_session(folder)
+
+
+def test_strangers_models_are_checked_before_they_are_loaded(tmp_path: Path) -> None:
+    model = chain(16, 1)
+    model.graph.node[0].domain = "evil"
+    model.opset_import.append(helper.make_opsetid("evil", 1))
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(ArtifactError) as caught:
+        open_session(tmp_path)
+    assert caught.value.code == "onnx-forbidden"
+    with pytest.raises(ArtifactError):
+        bench_command(tmp_path, tmp_path / "in.npz", threads=1)
+
+
+def load_in_child(folder: Path, max_memory: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "-m", "mopt.backends.onnx.session", "--bench", str(folder)]
+    return subprocess.run(
+        [*command, "--max-memory", str(max_memory)], capture_output=True, text=True
+    )
+
+
+def test_a_bomb_does_not_go_off(tmp_path: Path) -> None:
+    """77 bytes that make ONNX Runtime fold a constant of 4 GB while it loads."""
+    graph = helper.make_graph(
+        [helper.make_node("ConstantOfShape", ["s"], ["y"])],
+        "bomb",
+        [],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n"])],
+        [numpy_helper.from_array(np.array([1_000_000_000]), "s")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.save(model, tmp_path / "model.onnx")
+    done = load_in_child(tmp_path, 1 << 29)
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(LimitError):
+        open_session(tmp_path, limits=parse_limits(["onnx-nodes=0"]))
+    checked = check_file(tmp_path)
+    assert not checked.may_fold
+    command = bench_command(tmp_path, tmp_path / "in.npz", threads=1)
+    assert "--no-folding" in command and "--unchecked" in command
+
+
+def test_a_memory_limit_ends_in_an_error(tmp_path: Path) -> None:
+    save(tmp_path / "m", 2048, 8)
+    done = load_in_child(tmp_path / "m", 1 << 27)
+    assert done.returncode == 2
+    assert "error[out-of-memory]" in done.stderr or "MemoryError" in done.stderr
+
+
+@pytest.mark.parametrize("kind", [TensorProto.INT4, TensorProto.BFLOAT16, TensorProto.FLOAT8E4M3FN])
+def test_external_weights_of_types_numpy_lacks(tmp_path: Path, kind: int) -> None:
+    """The same numbers inside and outside the file: packed, and not at an even place."""
+    numbers = np.array([[1.0, -2.0, 3.0], [4.0, -5.0, 6.0], [7.0, 0.0, 1.0]], np.float32)
+    weight = helper.make_tensor("w", kind, [3, 3], numbers.reshape(-1))
+    weight = numpy_helper.from_array(numpy_helper.to_array(weight), "w")
+    first = numpy_helper.from_array(np.array([9], np.int8), "nine")
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["w"], ["f"], to=TensorProto.FLOAT),
+            helper.make_node("MatMul", ["x", "f"], ["m"]),
+            helper.make_node("Cast", ["nine"], ["n"], to=TensorProto.FLOAT),
+            helper.make_node("Add", ["m", "n"], ["y"]),
+        ],
+        "typed",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 3])],
+        [first, weight],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    blob = b""
+    for tensor in model.graph.initializer:
+        raw = tensor.raw_data
+        for key, text in (
+            ("location", "model.onnx.data"),
+            ("offset", str(len(blob))),
+            ("length", str(len(raw))),
+        ):
+            tensor.external_data.add(key=key, value=text)
+        tensor.data_location = TensorProto.EXTERNAL
+        tensor.ClearField("raw_data")
+        blob += raw
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    (tmp_path / "model.onnx.data").write_bytes(blob)
+    x = np.eye(3, dtype=np.float32)
+    with open_session(tmp_path) as session:
+        np.testing.assert_array_equal(session.run([x])[0], numbers + 9)
 
 
 def test_two_models_timed_in_fresh_processes(tmp_path: Path) -> None:

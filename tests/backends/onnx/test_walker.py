@@ -9,64 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from onnx import AttributeProto, ModelProto, NodeProto, StringStringEntryProto, TensorProto, helper
+from onnx import AttributeProto, ModelProto, StringStringEntryProto, TensorProto, helper
 from onnx import numpy_helper as nh
 
 from mopt.backends.onnx.external import ExternalTensor, external_tensors
-from mopt.backends.onnx.walker import CheckedModel, check_model
+from mopt.backends.onnx.walker import CheckedModel
 from mopt.backends.onnx.wire import scan_model
 from mopt.errors import ArtifactError, LimitError, MoptError
-from mopt.limits import parse_limits
 from mopt.safe_read import Folder
-
-STANDARD = (
-    "Add Cast Concat Constant ConstantOfShape Equal Expand Gather If MatMul Mul Range Relu Reshape "
-    "Shape Slice Sub Tile Transpose Unsqueeze Where"
-)
-OPERATORS = frozenset(
-    {("", name) for name in STANDARD.split()} | {("com.microsoft", "RotaryEmbedding")}
-)
-FLOAT, INT = TensorProto.FLOAT, TensorProto.INT64
-
-
-def value(name: str, kind: int = FLOAT, shape: list[Any] | None = None) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, kind, ["batch", 4] if shape is None else shape)
-
-
-def model(
-    nodes: list[NodeProto],
-    weights: dict[str, np.ndarray] | None = None,
-    inputs: list[onnx.ValueInfoProto] | None = None,
-    outputs: list[onnx.ValueInfoProto] | None = None,
-) -> ModelProto:
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [value("x")] if inputs is None else inputs,
-        [value("y", shape=[])] if outputs is None else outputs,
-        [nh.from_array(array, name) for name, array in (weights or {}).items()],
-    )
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
-
-
-def node(op: str, inputs: str, outputs: str = "y", **attributes: Any) -> NodeProto:
-    return helper.make_node(op, inputs.split(), outputs.split(), **attributes)
-
-
-def check(folder: Path, given: ModelProto | bytes, *limits: str) -> CheckedModel:
-    raw = given if isinstance(given, bytes) else given.SerializeToString()
-    (folder / "model.onnx").write_bytes(raw)
-    with Folder(folder) as opened, opened.open_file("model.onnx") as file:
-        bounds = parse_limits(limits)
-        outline = scan_model(file, limits=bounds)
-        external_tensors(outline, file, None, "model.onnx.data")
-        return check_model(file, outline, operators=OPERATORS, limits=bounds)
-
-
-GOOD = model([node("Add", "x w", "h"), node("Relu", "h")], {"w": np.ones(4, np.float32)})
+from tests.backends.onnx.hostile import FLOAT, GOOD, attribute, check, edited, model, node
 
 
 def test_a_plain_model_passes(tmp_path: Path) -> None:
@@ -106,27 +58,6 @@ def chained_functions() -> ModelProto:
     made = model([helper.make_node("F0", ["x"], ["y"], domain="f")])
     made.functions.extend(functions)
     return made
-
-
-def edited(edit: Callable[[ModelProto], object]) -> ModelProto:
-    made = ModelProto()
-    made.CopyFrom(GOOD)
-    edit(made)
-    return made
-
-
-def attribute(**fields: Any) -> ModelProto:
-    made = AttributeProto(name="a", **fields)
-    return edited(lambda m: m.graph.node[1].attribute.append(made))
-
-
-def nested(depth: int) -> ModelProto:
-    body = helper.make_graph([node("Relu", "x", "z0")], "b", [], [value("z0")])
-    for i in range(1, depth):
-        inner = node("If", "c", f"z{i}", then_branch=body, else_branch=body)
-        body = helper.make_graph([inner], "b", [], [value(f"z{i}")])
-    top = node("If", "c", then_branch=body, else_branch=body)
-    return model([top], inputs=[value("x"), value("c", TensorProto.BOOL, [])])
 
 
 def external(*entries: tuple[str, str]) -> ModelProto:
@@ -245,188 +176,6 @@ def test_forbidden_content_is_named(tmp_path: Path, case: str) -> None:
     assert len(caught.value.message) < 400
 
 
-# --- what would blow up ---
-
-
-def doubling_ranks(count: int) -> ModelProto:
-    """20 of these are 522 bytes and take ONNX Runtime 481 MB, optimizations off; 26 take 30 GB."""
-    nodes = [node("Gather", f"x{i} x{i}", f"x{i + 1}") for i in range(count)]
-    return model(nodes, inputs=[value("x0", INT)], outputs=[value(f"x{count}", INT, [])])
-
-
-def doubling_shapes(count: int) -> ModelProto:
-    nodes = [node("Shape", "x", "s0")]
-    nodes += [node("Concat", f"s{i} s{i}", f"s{i + 1}", axis=0) for i in range(count)]
-    return model([*nodes, node("ConstantOfShape", f"s{count}")])
-
-
-def many_axes(count: int) -> ModelProto:
-    nodes = [node("Unsqueeze", f"x{i} axes", f"x{i + 1}") for i in range(count)]
-    return model(nodes, {"axes": np.arange(50)}, inputs=[value("x0")])
-
-
-TOO_LARGE: dict[str, tuple[Callable[[], ModelProto], tuple[str, ...]]] = {
-    "ranks double": (lambda: doubling_ranks(20), ()),
-    "shapes double": (lambda: doubling_shapes(20), ()),
-    "axes add up": (lambda: many_axes(500), ()),
-    "shape of a million sizes": (
-        lambda: model([node("Expand", "x s")], inputs=[value("x"), value("s", INT, [10**6])]), ()),
-    "shape constant of 100 sizes": (
-        lambda: model([node("Reshape", "x s")], {"s": np.ones(100, np.int64)}), ()),
-    "input of 4 GiB": (lambda: model([], inputs=[value("x", shape=[1 << 15, 1 << 15])]), ()),
-    "input whose size overflows": (lambda: model([], inputs=[value("x", shape=[1 << 40] * 3)]), ()),
-    "value in between of 4 GiB": (
-        lambda: edited(lambda m: m.graph.value_info.append(value("h", shape=[1 << 30]))), ()),
-    "negative size": (lambda: model([], inputs=[value("x", shape=[-1])]), ()),
-    "subgraphs in subgraphs": (lambda: nested(6), ()),
-    "nodes": (lambda: model([node("Relu", "x")] * 11), ("onnx-nodes=10",)),
-    "inputs": (lambda: model([], inputs=[value(f"x{i}") for i in range(9)]), ("onnx-ports=9",)),
-    "attribute": (
-        lambda: attribute(type=AttributeProto.INTS, ints=range(1000)), ("onnx-attribute=1000",)),
-    "text attribute": (
-        lambda: attribute(type=AttributeProto.STRING, s=b"x" * 2000), ("onnx-attribute=1000",)),
-    "graph": (lambda: edited(lambda m: setattr(m.graph, "doc_string", "x" * 5000)),
-              ("onnx-graph-bytes=4000",)),
-    "around the graph": (lambda: edited(lambda m: setattr(m, "doc_string", "x" * 5000)),
-                         ("onnx-graph-bytes=4000",)),
-    "file": (lambda: GOOD, ("onnx-bytes=10",)),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", TOO_LARGE, ids=lambda c: c)
-def test_what_would_blow_up_is_refused(tmp_path: Path, case: str) -> None:
-    make, limits = TOO_LARGE[case]
-    start = time.perf_counter()
-    with pytest.raises(LimitError) as caught:
-        check(tmp_path, make(), *limits)
-    assert caught.value.code == "onnx-too-large"
-    assert time.perf_counter() - start < 5
-
-
-def test_what_is_within_the_limits_passes(tmp_path: Path) -> None:
-    assert check(tmp_path, nested(4)).nodes == 1 + 2 + 4 + 8 + 16
-    assert check(tmp_path, doubling_ranks(4)).nodes == 4
-    assert check(tmp_path, doubling_shapes(3)).nodes == 5
-
-
-def test_splitting_heads_in_every_layer_is_no_growth_of_ranks(tmp_path: Path) -> None:
-    """The shapes that exported attention computes, 100 layers deep, with a dynamic batch."""
-    nodes, at = [], "x"
-    for i in range(100):
-        nodes += [
-            node("Shape", at, f"s{i}", start=0, end=2),
-            node("Concat", f"s{i} heads", f"t{i}", axis=0),
-            node("Reshape", f"{at} t{i}", f"h{i}"),
-            node("Transpose", f"h{i}", f"p{i}", perm=[0, 2, 1, 3]),
-            node("Shape", f"p{i}", f"u{i}"),
-            node("Slice", f"u{i} zero one", f"v{i}"),
-            node("Concat", f"v{i} flat", f"w{i}", axis=0),
-            node("Reshape", f"p{i} w{i}", f"r{i}"),
-        ]
-        at = f"r{i}"
-    weights = {
-        "heads": np.array([2, 8]), "flat": np.array([-1, 16]),
-        "zero": np.array([0]), "one": np.array([1]),
-    }  # fmt: skip
-    made = model(nodes, weights, inputs=[value("x", shape=["batch", "tokens", 16])])
-    assert check(tmp_path, made).nodes == 800
-
-
-# --- constant folding ---
-
-BIG = np.array([100_000_000])
-PICK = [value("x"), value("i", INT, ["n"])]
-STATIC = [value("x", shape=[100_000_000]), value("i", INT, ["n"])]
-
-BOMBS: dict[str, Callable[[], ModelProto]] = {
-    "ConstantOfShape": lambda: model([node("ConstantOfShape", "s")], {"s": BIG}),
-    "Expand": lambda: model([node("Expand", "c s")], {"s": BIG, "c": np.ones(1)}),
-    "Tile": lambda: model([node("Tile", "c s")], {"s": BIG, "c": np.ones(1)}),
-    "Range": lambda: model(
-        [node("Range", "a b c")], {"a": np.array(0), "b": BIG[0], "c": np.array(1)}),
-    "doubling": lambda: model(
-        [node("Concat", f"c{i} c{i}", f"c{i + 1}", axis=0) for i in range(25)],
-        {"c0": np.ones(12)}),
-    "outer product": lambda: model(
-        [node("MatMul", "a b")], {"a": np.ones((20_000, 1)), "b": np.ones((1, 20_000))}),
-    "broadcast": lambda: model(
-        [node("Add", "a b")], {"a": np.ones((20_000, 1)), "b": np.ones((1, 20_000))}),
-    "gathered": lambda: model(
-        [node("Gather", "a i")], {"a": np.ones((1, 20_000)), "i": np.zeros(20_000, np.int64)}),
-    "shape of a fixed input": lambda: model(
-        [node("Relu", "x", "r"), node("Shape", "r", "s"), node("ConstantOfShape", "s")],
-        inputs=STATIC),
-    "shape computed from a fixed input": lambda: model(
-        [node("Shape", "x", "s"), node("Mul", "s s", "t"), node("ConstantOfShape", "t")],
-        inputs=STATIC),
-    "shape behind an operator nobody knows": lambda: model(
-        [helper.make_node("RotaryEmbedding", ["x"], ["r"], domain="com.microsoft"),
-         node("Shape", "r", "s"), node("ConstantOfShape", "s")], inputs=STATIC),
-    "number that grows for ever": lambda: model(
-        [node("Mul", f"c{i} c{i}", f"c{i + 1}") for i in range(200)]
-        + [node("ConstantOfShape", "c200")], {"c0": np.array([3])}),
-    "a lie about a shape": lambda: edited_shape(),
-    "in a branch, behind a lie about what it gets": lambda: model(
-        [node("If", "c", then_branch=helper.make_graph(
-            [node("Shape", "q", "s"), node("ConstantOfShape", "s", "z")], "b",
-            [value("q", shape=["n"])], [value("z", shape=[])]),
-            else_branch=helper.make_graph([node("Relu", "x", "z")], "b", [], [value("z")]))],
-        inputs=[value("c", TensorProto.BOOL, [])]),
-    "in a branch": lambda: model(
-        [node("If", "c", then_branch=helper.make_graph(
-            [node("ConstantOfShape", "s", "z")], "b", [], [value("z", shape=[])]),
-            else_branch=helper.make_graph([node("Relu", "x", "z")], "b", [], [value("z")]))],
-        {"s": BIG}, inputs=[value("x"), value("c", TensorProto.BOOL, [])]),
-}  # fmt: skip
-
-
-def edited_shape() -> ModelProto:
-    made = model(
-        [node("Relu", "x", "r"), node("Shape", "r", "s"), node("ConstantOfShape", "s")],
-        inputs=STATIC,
-    )
-    made.graph.value_info.append(value("r", shape=["n"]))
-    return made
-
-
-@pytest.mark.parametrize("case", BOMBS, ids=lambda c: c)
-def test_a_bomb_is_loaded_without_folding(tmp_path: Path, case: str) -> None:
-    assert not check(tmp_path, BOMBS[case]()).may_fold
-
-
-FOLDABLE: dict[str, Callable[[], ModelProto]] = {
-    "weights laid out": lambda: model(
-        [node("Transpose", "w", "t", perm=[1, 0]), node("Slice", "t a b", "u"),
-         node("Concat", "u u", "v", axis=0), node("Cast", "v", "f", to=1), node("MatMul", "x f")],
-        {"w": np.ones((64, 4), np.float16), "a": np.array([0]), "b": np.array([2])}),
-    "zeros for a batch that varies": lambda: model(
-        [node("Shape", "x", "s", start=0, end=1), node("Concat", "two s n", "t", axis=0),
-         node("Expand", "zero t")],
-        {"two": np.array([2]), "n": np.array([256]), "zero": np.float32(0)}),
-    "zeros behind a contributed operator": lambda: model(
-        [helper.make_node("RotaryEmbedding", ["x"], ["r"], domain="com.microsoft"),
-         node("Shape", "r", "s"), node("Expand", "zero s")], {"zero": np.float32(0)}),
-    "heads split and joined for a batch that varies": lambda: model(
-        [node("Shape", "x", "s", start=0, end=2), node("Concat", "s heads", "t", axis=0),
-         node("Reshape", "x t", "h"), node("Transpose", "h", "p", perm=[0, 2, 1, 3]),
-         node("Reshape", "p back", "r"), node("Add", "x r", "a"),
-         node("Shape", "a", "u"), node("Expand", "zero u")],
-        {"heads": np.array([2, 8]), "back": np.array([0, -1, 16]), "zero": np.float32(0)},
-        inputs=[value("x", shape=["batch", "tokens", 16])]),
-    "a mask of known size": lambda: model(
-        [node("Range", "a b c", "r"), node("Unsqueeze", "r axis", "u"), node("Sub", "r u", "d"),
-         node("Shape", "d", "s"), node("Equal", "s minus", "e"), node("Where", "e ones s", "t"),
-         node("Expand", "d t")],
-        {"a": np.array(0), "b": np.array(128), "c": np.array(1), "axis": np.array([1]),
-         "minus": np.array([-1, -1]), "ones": np.array([1, 1])}),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", FOLDABLE, ids=lambda c: c)
-def test_what_exporters_write_may_fold(tmp_path: Path, case: str) -> None:
-    assert check(tmp_path, FOLDABLE[case]()).may_fold
-
-
 # --- external weights ---
 
 
@@ -503,8 +252,26 @@ def test_broken_bytes_are_refused(tmp_path: Path, raw: bytes) -> None:
     assert caught.value.code == "onnx-format"
 
 
+MASK = model(
+    [
+        node("Range", "a b c", "r"),
+        node("Unsqueeze", "r axis", "u"),
+        node("Concat", "u u", "d", axis=0),
+        node("Shape", "d", "s"),
+        node("Expand", "zero s"),
+    ],
+    {
+        "a": np.array(0),
+        "b": np.array(128),
+        "c": np.array(1),
+        "axis": np.array([1]),
+        "zero": np.float32(0),
+    },
+)
+
+
 def test_truncated_and_mutated_models_never_escape_as_other_errors(tmp_path: Path) -> None:
-    good = FOLDABLE["a mask of known size"]().SerializeToString()
+    good = MASK.SerializeToString()
     rng = random.Random(0)
     cases = [good[:n] for n in range(0, len(good), 3)]
     for _ in range(1500):
