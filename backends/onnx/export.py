@@ -17,13 +17,13 @@ from typing import Any
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 import torch
-from mopt.backends.onnx.finish import finish
-from mopt.backends.onnx.rewrite import apply_rewrites
-from mopt.backends.onnx.translate import OPSET, translation_table
 from onnxscript import optimizer
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from mopt.backends.onnx.finish import finish
+from mopt.backends.onnx.rewrite import apply_rewrites
+from mopt.backends.onnx.translate import OPSET, translation_table
 from mopt.errors import LoweringError
 from mopt.frontend import first_line
 

@@ -87,9 +87,8 @@ _ATTRIBUTE_TYPES = {
 
 def translation_table() -> dict[Callable[..., Any], Translation]:
     """What ``torch.onnx.export`` takes as ``custom_translation_table``."""
-    from mopt.backends.onnx import translations
-
     import mopt.ops  # noqa: F401  (registers the operators)
+    from mopt.backends.onnx import translations
 
     for module in sorted(pkgutil.iter_modules(translations.__path__), key=lambda m: m.name):
         importlib.import_module(f"{translations.__name__}.{module.name}")
