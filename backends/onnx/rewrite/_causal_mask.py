@@ -31,11 +31,23 @@ def hides_future(mask: ir.Value | None) -> tuple[bool, bool]:
         )
         causal = any(causal for causal, _ in parts)
         return causal, causal and nothing_else
-    expand = m.produced_by(mask, "Expand")
-    if expand is not None:
-        return hides_future(expand.inputs[0])
+    for op_type in ("Expand", "Unsqueeze"):
+        moved = m.produced_by(mask, op_type)
+        if moved is not None:
+            return hides_future(moved.inputs[0]) if _keeps_last_axes(moved) else (False, False)
     causal = _compares_positions(mask)
     return causal, causal
+
+
+def _keeps_last_axes(node: ir.Node) -> bool:
+    """Whether Expand or Unsqueeze adds only axes or extent in front of the last two axes."""
+    before, after = m.dims(node.inputs[0]), m.dims(node.outputs[0])
+    if before is None or after is None or len(before) < 2:
+        return False
+    if node.op_type == "Expand":
+        return m.same_sizes(before[-2:], after[-2:])
+    axes = m.constant(node.inputs[1])
+    return axes is not None and all(0 <= axis < len(after) - 2 for axis in axes.reshape(-1))
 
 
 def _always_true(value: ir.Value | None) -> bool:
