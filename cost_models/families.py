@@ -1,0 +1,406 @@
+"""Families of operators that share a kernel: what their sizes mean, and which are worth probing.
+
+The time of an operator is a smooth function of the logarithms of a few sizes, its *features*, once
+the family is fixed. Sizes (``dims``) by kind:
+
+- linear: rows, outputs, inputs (and the block of a weight in blocks)
+- matmul: batches, rows, columns, inner
+- attention: batch, heads, queries, keys, width
+- convolution: batch, inputs, outputs, groups, height, width (of the output), kernel height, kernel
+  width, stride; plain ones: batch, inputs, outputs, groups, *output sizes, *kernel sizes
+- recurrent: steps, batch, inputs, hidden, directions
+- pool: channels, size, kernel, stride
+- everything else: rows and width, or only values in all
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+Dims = tuple[int, ...]
+# Bytes of a float.
+_F = 4
+
+
+@dataclass(frozen=True)
+class Amount:
+    """Operations, and bytes of weights and of activations, each read or written once."""
+
+    flops: float
+    weight_bytes: float
+    activation_bytes: float
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family: how much work its sizes are, its features, and the range that is probed.
+
+    ``box`` has the least and largest value of each number that a probe is drawn from; ``draw``
+    turns numbers drawn there into sizes. ``share`` is its part of the probes.
+    """
+
+    name: str
+    kind: str
+    amount: Callable[[Dims], Amount]
+    features: Callable[[Dims], tuple[float, ...]]
+    box: tuple[tuple[float, float], ...]
+    draw: Callable[[tuple[float, ...]], Dims]
+    share: float
+    weight_format: str = "fp32"
+
+
+def _log(value: float) -> float:
+    return math.log2(max(value, 1e-9))
+
+
+def _round(value: float, multiple: int) -> int:
+    return max(multiple, round(value / multiple) * multiple)
+
+
+def _nice(value: float) -> int:
+    """A size as models have them: a multiple of 8, of 64 when large."""
+    return _round(value, 64 if value > 400 else 8)
+
+
+# ---- linear
+
+
+def _linear_amount(weight_bytes: float) -> Callable[[Dims], Amount]:
+    def amount(dims: Dims) -> Amount:
+        rows, outputs, inputs = dims[:3]
+        scales = 0.0
+        if len(dims) > 3:
+            scales = _F * outputs * math.ceil(inputs / dims[3])
+        return Amount(
+            2.0 * rows * outputs * inputs,
+            weight_bytes * outputs * inputs + scales,
+            _F * rows * (outputs + inputs),
+        )
+
+    return amount
+
+
+def _linear_features(dims: Dims) -> tuple[float, ...]:
+    # A single row takes another kernel: a step of two octaves keeps it apart.
+    rows = _log(dims[0]) if dims[0] > 1 else -2.0
+    rest = (_log(dims[1]), _log(dims[2]), *(_log(d) for d in dims[3:]))
+    return (rows, *rest)
+
+
+def _draw_linear(values: tuple[float, ...]) -> Dims:
+    rows, outputs, inputs = values[:3]
+    # A third of the probes has one row; the others go up by octaves.
+    count = 1 if rows < 0 else round(2**rows)
+    most = 2**31 / (count * 2.0**outputs * 2.0**inputs)
+    if most < 1:  # about 15 ms on a core; smaller ones tell as much
+        count = max(1, int(count * most))
+    sizes = (count, _nice(2**outputs), _nice(2**inputs))
+    return (*sizes, 2 ** round(values[3])) if len(values) > 3 else sizes
+
+
+_LINEAR_BOX = ((-4.0, 10.5), (5.0, 12.3), (5.0, 12.3))
+
+
+def _linear(name: str, share: float, weight_bytes: float, fmt: str, blocks: bool = False) -> Family:
+    box = (*_LINEAR_BOX, (4.0, 7.0)) if blocks else _LINEAR_BOX
+    return Family(
+        name, "linear", _linear_amount(weight_bytes), _linear_features, box, _draw_linear, share,
+        fmt,
+    )  # fmt: skip
+
+
+# ---- products of activations, attention
+
+
+def _matmul_amount(dims: Dims) -> Amount:
+    batches, rows, columns, inner = dims
+    values = batches * (rows * inner + inner * columns + rows * columns)
+    return Amount(2.0 * batches * rows * columns * inner, 0.0, _F * values)
+
+
+def _draw_matmul(values: tuple[float, ...]) -> Dims:
+    batches, rows, columns, inner = (2**v for v in values)
+    most = min(1.0, 2**29 / (batches * rows * columns * inner))
+    return max(1, round(batches * most)), round(rows), _round(columns, 4), _round(inner, 8)
+
+
+def _attention_amount(dims: Dims) -> Amount:
+    batch, heads, queries, keys, width = dims
+    values = batch * heads * width * (2 * queries + 2 * keys)
+    return Amount(4.0 * batch * heads * queries * keys * width, 0.0, _F * values)
+
+
+def _attention_features(dims: Dims) -> tuple[float, ...]:
+    batch, heads, queries, keys, width = dims
+    return _log(batch * heads), _log(queries), _log(keys), _log(width)
+
+
+def _draw_attention(values: tuple[float, ...]) -> Dims:
+    batch, heads, queries, keys, width = (2**v for v in values)
+    most = min(1.0, 2**27 / (batch * heads * queries * keys * width))
+    queries *= most
+    return round(batch), max(1, round(heads)), max(1, round(queries)), round(keys), _round(width, 8)
+
+
+def _draw_causal(values: tuple[float, ...]) -> Dims:
+    batch, heads, queries, _, width = _draw_attention(values)
+    return batch, heads, queries, queries, width
+
+
+# ---- convolution
+
+
+def _places(dims: Dims) -> tuple[int, int, int, int, int, int]:
+    """batch * output places, inputs and outputs per group, groups, kernel values, stride."""
+    batch, inputs, outputs, groups, *rest = dims
+    half = len(rest) // 2
+    stride = rest[2 * half] if len(rest) % 2 else 1
+    places = batch * math.prod(rest[:half])
+    kernel = math.prod(rest[half : 2 * half])
+    return places, inputs // groups, outputs // groups, groups, kernel, stride
+
+
+def _convolution_amount(weight_bytes: float, value_bytes: float) -> Callable[[Dims], Amount]:
+    def amount(dims: Dims) -> Amount:
+        places, inputs, outputs, groups, kernel, stride = _places(dims)
+        read = places * stride**2 * inputs * groups
+        return Amount(
+            2.0 * places * inputs * outputs * groups * kernel,
+            weight_bytes * inputs * outputs * groups * kernel,
+            value_bytes * (read + places * outputs * groups),
+        )
+
+    return amount
+
+
+def _convolution_features(dims: Dims) -> tuple[float, ...]:
+    places, inputs, outputs, groups, kernel, stride = _places(dims)
+    if groups > 1:
+        return _log(places), _log(inputs * groups), _log(outputs / inputs), _log(kernel), stride - 1
+    return _log(places), _log(inputs), _log(outputs), _log(kernel), 1.0 * (stride - 1)
+
+
+def _sized(values: tuple[float, ...], most_work: float) -> tuple[int, int, int, int]:
+    """inputs, outputs, size, kernel of a convolution of at most some work."""
+    inputs, outputs, size, kernel = values[:4]
+    taps = (1, 3, 3, 5, 7)[min(int(kernel), 4)]
+    a, b = _nice(2**inputs), _nice(2**outputs)
+    side = 2**size
+    work = 2.0 * a * b * taps**2 * side**2
+    if work > most_work:
+        side *= math.sqrt(most_work / work)
+    return a, b, max(2, round(side)), taps
+
+
+def _draw_convolution(values: tuple[float, ...]) -> Dims:
+    inputs, outputs, side, taps = _sized(values, 1.5e9)
+    if values[0] < 2.5:  # the first layer of a network reads one or three channels
+        inputs = 3
+    stride = 2 if values[4] > 0.7 else 1
+    return 1, inputs, outputs, 1, side, side, taps, taps, stride
+
+
+def _draw_depthwise(values: tuple[float, ...]) -> Dims:
+    channels = _nice(2 ** values[0])
+    side = max(2, round(min(2 ** values[1], math.sqrt(2**22 / channels))))
+    taps = (3, 3, 5, 7)[min(int(values[2]), 3)]
+    stride = 2 if values[3] > 0.6 else 1
+    return 1, channels, channels, channels, side, side, taps, taps, stride
+
+
+def _draw_plain(values: tuple[float, ...]) -> Dims:
+    inputs, outputs, size, kernel, kind = values
+    a, b = _nice(2**inputs), _nice(2**outputs)
+    if kind < 0.5:
+        length = round(min(2 ** (2 * size), 4e8 / (2 * a * b * 3)))
+        return 1, a, b, 1, max(8, length), (1, 3, 5)[int(kernel)]
+    side = max(4, round(min(2**size, (4e8 / (2 * a * b * 27)) ** (1 / 3))))
+    taps = (1, 3, 3)[int(kernel)]
+    return 1, a, b, 1, side, side, side, taps, taps, taps
+
+
+def _draw_transposed(values: tuple[float, ...]) -> Dims:
+    inputs, outputs, side, _ = _sized((*values, 0.0), 4e8)
+    side = _round(side, 2)
+    return 1, inputs, outputs, 1, side, side, 2, 2, 2
+
+
+# ---- rows, values
+
+
+def _rows_amount(flops: float, passes: float) -> Callable[[Dims], Amount]:
+    def amount(dims: Dims) -> Amount:
+        values = float(math.prod(dims))
+        return Amount(flops * values, 0.0, _F * passes * values)
+
+    return amount
+
+
+def _rows_features(dims: Dims) -> tuple[float, ...]:
+    return _log(dims[0]), _log(math.prod(dims[1:]))
+
+
+def _values_features(dims: Dims) -> tuple[float, ...]:
+    return (_log(math.prod(dims)),)
+
+
+def _draw_rows(values: tuple[float, ...]) -> Dims:
+    rows, width = 2 ** values[0], _nice(2 ** values[1])
+    return max(1, round(min(rows, 2**20.5 / width))), width
+
+
+def _draw_values(values: tuple[float, ...]) -> Dims:
+    count = 2 ** values[0]
+    width = min(512, _nice(count))
+    return max(1, round(count / width)), width
+
+
+def _values(name: str, kind: str, flops: float, passes: float, share: float = 0.5) -> Family:
+    return Family(
+        name, kind, _rows_amount(flops, passes), _values_features, ((5.0, 20.5),), _draw_values,
+        share,
+    )  # fmt: skip
+
+
+def _rows(name: str, kind: str, flops: float, passes: float, share: float = 1.0) -> Family:
+    return Family(
+        name, kind, _rows_amount(flops, passes), _rows_features, ((0.0, 11.0), (4.0, 12.0)),
+        _draw_rows, share,
+    )  # fmt: skip
+
+
+def _pool_amount(dims: Dims) -> Amount:
+    channels, size, kernel, stride = dims
+    values = float(channels * size * size)
+    return Amount(values * kernel**2, 0.0, _F * values * (1 + stride**2))
+
+
+def _draw_pool(values: tuple[float, ...]) -> Dims:
+    channels, size = _round(2 ** values[0], 16), round(2 ** values[1])
+    return channels, size, (2, 3)[int(values[2])], 1
+
+
+def _recurrent_amount(gates: int) -> Callable[[Dims], Amount]:
+    def amount(dims: Dims) -> Amount:
+        steps, batch, inputs, hidden, directions = dims
+        weights = float(directions * gates * hidden * (inputs + hidden))
+        values = steps * batch * (inputs + directions * hidden)
+        # The recurrent weights are read again in every step.
+        again = directions * gates * hidden * hidden * (steps - 1)
+        return Amount(2 * steps * batch * weights, _F * (weights + again), _F * values)
+
+    return amount
+
+
+def _draw_recurrent(values: tuple[float, ...]) -> Dims:
+    steps, batch, inputs, hidden, directions = (2**v for v in values)
+    return round(steps), round(batch), _nice(inputs), _nice(hidden), 2 if directions > 1.4 else 1
+
+
+def _logs(dims: Dims) -> tuple[float, ...]:
+    return tuple(_log(d) for d in dims)
+
+
+def _recurrent(name: str, gates: int, share: float) -> Family:
+    box = ((2.0, 6.0), (0.0, 4.0), (5.0, 9.0), (5.0, 9.0), (0.0, 1.0))
+    return Family(name, "recurrent", _recurrent_amount(gates), _logs, box, _draw_recurrent, share)
+
+
+_CONV_BOX = ((2.0, 9.3), (4.0, 9.3), (1.5, 7.0), (0.0, 3.99), (0.0, 1.0))
+_FAMILIES = (
+    _linear("linear.fp32", 8, 4, "fp32"),
+    _linear("linear.int8-dynamic", 7, 1, "int8-dynamic"),
+    _linear("linear.int8-shared", 4, 1, "int8-dynamic"),
+    _linear("linear.int8-static", 3, 1, "int8-qdq"),
+    _linear("linear.int4-blocks", 7, 0.5, "int4-g32", blocks=True),
+    _linear("linear.int8-blocks", 5, 1, "int8-g128", blocks=True),
+    _linear("linear.int2-blocks", 2, 0.25, "int2-g32", blocks=True),
+    _linear("linear.int4-float", 2, 0.5, "int4-g32-afloat", blocks=True),
+    Family(
+        "matmul.fp32", "matmul", _matmul_amount, _logs,
+        ((0.0, 6.0), (0.0, 9.0), (3.0, 9.0), (4.0, 9.0)), _draw_matmul, 4,
+    ),
+    Family(
+        "attention.full", "attention", _attention_amount, _attention_features,
+        ((0.0, 2.0), (0.0, 4.0), (0.0, 9.5), (3.0, 9.5), (4.0, 7.0)), _draw_attention, 5,
+    ),
+    Family(
+        "attention.causal", "attention", _attention_amount, _attention_features,
+        ((0.0, 2.0), (0.0, 4.0), (2.0, 9.5), (3.0, 9.5), (4.0, 7.0)), _draw_causal, 4,
+    ),
+    Family(
+        "convolution.fp32", "convolution", _convolution_amount(4, 4), _convolution_features,
+        _CONV_BOX, _draw_convolution, 9,
+    ),
+    Family(
+        "convolution.depthwise", "convolution", _convolution_amount(4, 4), _convolution_features,
+        ((4.0, 10.0), (2.0, 7.0), (0.0, 3.99), (0.0, 1.0)), _draw_depthwise, 3,
+    ),
+    Family(
+        "convolution.int8", "convolution", _convolution_amount(1, 1), _convolution_features,
+        _CONV_BOX, _draw_convolution, 7, "int8-qdq",
+    ),
+    Family(
+        "convolution.int8-depthwise", "convolution", _convolution_amount(1, 1),
+        _convolution_features, ((4.0, 10.0), (2.0, 7.0), (0.0, 3.99), (0.0, 1.0)),
+        _draw_depthwise, 2, "int8-qdq",
+    ),
+    Family(
+        "convolution.plain", "convolution", _convolution_amount(4, 4), _convolution_features,
+        ((3.0, 8.0), (3.0, 8.0), (2.0, 5.0), (0.0, 2.99), (0.0, 1.0)), _draw_plain, 2,
+    ),
+    Family(
+        "convolution.transposed", "convolution", _convolution_amount(4, 4), _convolution_features,
+        ((3.0, 8.0), (3.0, 8.0), (2.0, 6.0)), _draw_transposed, 1.5,
+    ),
+    _recurrent("recurrent.lstm", 4, 2),
+    _recurrent("recurrent.gru", 3, 1),
+    _rows("embedding.fp32", "embedding", 0, 2),
+    _rows("norm.layer", "norm", 8, 2, 1.5),
+    _rows("norm.rms", "norm", 5, 2, 1),
+    _rows("norm.skip", "norm", 9, 3, 1.5),
+    _rows("norm.batch", "norm", 2, 2, 0.7),
+    _rows("softmax.last", "softmax", 10, 2, 1),
+    _rows("pointwise.row", "pointwise", 1, 2, 0.7),
+    _rows("pointwise.column", "pointwise", 1, 2, 0.7),
+    _rows("reduce.mean", "reduce", 1, 1, 0.7),
+    _rows("move.transpose-last", "move", 0, 2, 0.8),
+    _rows("move.concat", "move", 0, 2, 0.7),
+    _rows("move.slice", "move", 0, 2, 0.7),
+    _rows("move.split", "move", 0, 2, 0.7),
+    _rows("move.expand", "move", 0, 1, 0.5),
+    _rows("move.pad", "move", 0, 2, 0.5),
+    *(_values(f"pointwise.{name}", "pointwise", flops, 2) for name, flops in (
+        ("relu", 1), ("sigmoid", 20), ("tanh", 20), ("erf", 20), ("gelu", 25), ("silu", 22),
+        ("sqrt", 4), ("hardsigmoid", 3), ("floor", 1), ("scale", 1),
+    )),
+    _values("pointwise.add", "pointwise", 1, 3, 0.7),
+    _values("pointwise.where", "pointwise", 1, 3),
+    _values("move.cast", "move", 1, 1.25),
+    _values("quantize.linear", "quantize", 3, 1.25),
+    _values("quantize.dequantize", "quantize", 2, 1.25),
+    _values("quantize.dynamic", "quantize", 5, 2.25),
+    _values("quantize.add", "quantize", 6, 0.75),
+    Family(
+        "move.transpose", "move", _rows_amount(0, 2), _logs,
+        ((3.0, 9.0), (0.0, 4.0), (4.0, 7.0)),
+        lambda v: (round(2 ** v[0]), max(1, round(2 ** v[1])), _nice(2 ** v[2])), 1,
+    ),
+    Family(
+        "move.resize", "move", lambda d: Amount(0, 0, _F * 1.25 * d[0] * d[1] ** 2), _logs,
+        ((3.0, 8.0), (2.0, 6.5)), lambda v: (_nice(2 ** v[0]), _round(2 ** v[1], 2)), 0.6,
+    ),
+    Family(
+        "pool.max", "pool", _pool_amount, _logs,
+        ((4.0, 8.0), (2.0, 6.0), (0.0, 1.99)), _draw_pool, 0.8,
+    ),
+)  # fmt: skip
+
+
+@cache
+def families() -> dict[str, Family]:
+    """Every family by name."""
+    return {family.name: family for family in _FAMILIES}
