@@ -1,0 +1,152 @@
+"""What was measured before, by content: a second compile, or a resumed one, measures nothing twice.
+
+    cache = Cache()
+    loss = cache.remember("sensitivity", {"weight": "...", "format": "int4-g32"}, measure)
+
+A record is a small JSON file named by the hash of its whole key, which it also holds: a hit
+compares key and hash of the content, so a collision, a torn file or another program's file is a
+miss and is dropped. Records never change; what a record depends on must be in its key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Mapping
+from functools import cache as once
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from platformdirs import user_cache_path
+
+from mopt.disk import remove_any
+from mopt.errors import InputError, MoptError, quote
+from mopt.files import write_file_atomic
+from mopt.json_files import json_bytes, read_json
+
+SCHEMA = 1
+_LOCK_SECONDS = 600.0
+_LIBRARIES = ("torch", "numpy", "onnx", "onnxruntime")
+
+
+class Cache:
+    """Records in a folder that only its user may read; None is the user's cache folder.
+
+    A folder that cannot be written makes every look-up a miss and keeps nothing: a cache never
+    stops a compile. ``hits`` and ``misses`` count look-ups.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
+        self.folder = Path(folder) if folder is not None else user_cache_path("mopt") / "records"
+        self.hits = 0
+        self.misses = 0
+
+    def get(self, bucket: str, key: Mapping[str, Any]) -> Any | None:
+        """The value stored under ``key``, or None."""
+        path = self._path(bucket, key)
+        value = self._read(path, key) if self._is_ours() else None
+        if value is None:
+            self.misses += 1
+        else:
+            self.hits += 1
+        return value
+
+    def put(self, bucket: str, key: Mapping[str, Any], value: Any) -> None:
+        """Keep ``value`` (JSON data, not None) under ``key``."""
+        assert value is not None
+        path = self._path(bucket, key)
+        record = {"key": _text(key), "sha256": _digest(_text(value)), "value": value}
+        try:
+            self._make(path.parent)
+            write_file_atomic(path, json_bytes(record, indent=None))
+        except (MoptError, OSError):
+            return
+
+    def remember(self, bucket: str, key: Mapping[str, Any], make: Callable[[], Any]) -> Any:
+        """The stored value, or ``make()``, stored.
+
+        Another process that makes the same value is waited for, up to ten minutes.
+        """
+        found = self.get(bucket, key)
+        if found is not None:
+            return found
+        path = self._path(bucket, key)
+        try:
+            self._make(path.parent)
+            lock = FileLock(path.with_suffix(".lock"), timeout=_LOCK_SECONDS)
+            lock.acquire()
+        except (Timeout, MoptError, OSError):
+            return make()
+        try:
+            found = self._read(path, key)  # made while we waited
+            if found is None:
+                found = make()
+                self.put(bucket, key, found)
+            return found
+        finally:
+            lock.release()
+            remove_any(str(path.with_suffix(".lock")))
+
+    def _read(self, path: Path, key: Mapping[str, Any]) -> Any | None:
+        if not path.is_file():
+            return None
+        try:
+            record = read_json(path)
+            if record["key"] == _text(key) and record["sha256"] == _digest(_text(record["value"])):
+                return record["value"]
+        except (MoptError, OSError, KeyError, TypeError, ValueError):
+            pass  # whatever is wrong with it, it is not a record of ours
+        remove_any(str(path))
+        return None
+
+    def _path(self, bucket: str, key: Mapping[str, Any]) -> Path:
+        return self.folder / f"{bucket}-v{SCHEMA}" / f"{_digest(_text(key))}.json"
+
+    def _make(self, folder: Path) -> None:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not self._is_ours():
+            raise InputError(
+                f"the cache folder {quote(str(self.folder))} belongs to somebody else, or others "
+                "may write to it",
+                code="cache-owner",
+            )
+
+    def _is_ours(self) -> bool:
+        """Whether the folder is the user's own and nobody else may write to it."""
+        try:
+            status = self.folder.stat()
+        except OSError:
+            return False
+        shared = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        return status.st_uid == os.getuid() and not shared
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries whose arithmetic a stored number may depend on."""
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@once
+def source_hash(*files: str) -> str:
+    """A hash of source files: what a computed record depends on besides its inputs."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(Path(file).read_bytes())
+    return digest.hexdigest()
+
+
+def _text(value: Any) -> str:
+    return json_bytes(value, indent=None).decode()
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
