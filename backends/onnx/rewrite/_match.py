@@ -38,6 +38,11 @@ def only_user(value: ir.Value) -> ir.Node | None:
     return uses[0].node
 
 
+def read_only_by(value: ir.Value, node: ir.Node) -> bool:
+    """Whether ``node`` reads ``value`` once and nothing else reads it."""
+    return only_user(value) is node
+
+
 def is_stored(value: ir.Value | None) -> bool:
     """Whether the file holds the content of ``value``."""
     return value is not None and value.is_initializer() and value.const_value is not None

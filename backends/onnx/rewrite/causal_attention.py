@@ -15,6 +15,8 @@ from mopt.backends.onnx.rewrite import _match as m
 from mopt.backends.onnx.rewrite._causal_mask import hides_future
 
 ORDER = 60
+# The kernel refuses other head sizes, when it runs.
+_HEAD_MULTIPLE = 8
 
 
 def rewrite(model: ir.Model) -> int:
@@ -34,6 +36,9 @@ def rewrite(model: ir.Model) -> int:
         shape, key_shape, value_shape = m.dims(query), m.dims(key), m.dims(value)
         if query is None or shape is None or query.dtype != ir.DataType.FLOAT:
             continue
+        heads = m.attribute(node, "q_num_heads")
+        if not isinstance(shape[2], int) or shape[2] // heads % _HEAD_MULTIPLE:
+            continue
         if not m.same_sizes(key_shape, value_shape) or not m.same_sizes(
             shape[:2], None if key_shape is None else key_shape[:2]
         ):
@@ -42,7 +47,7 @@ def rewrite(model: ir.Model) -> int:
             lengths[shape[:2]] = _lengths(node, query)
         last, total = lengths[shape[:2]]
         attributes = {
-            "num_heads": m.attribute(node, "q_num_heads"),
+            "num_heads": heads,
             "kv_num_heads": m.attribute(node, "kv_num_heads"),
         }
         if m.attribute(node, "scale"):

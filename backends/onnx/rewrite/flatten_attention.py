@@ -30,6 +30,8 @@ def rewrite(model: ir.Model) -> int:
         shape = m.dims(node.outputs[0])
         if query is None or key is None or value is None or shape is None:
             continue
+        if key.count != value.count:
+            continue
         mask = node.inputs[3] if len(node.inputs) > 3 else None
         inputs = [parts.value(heads, node) for heads in (query, key, value)]
         attributes = {"q_num_heads": query.count, "kv_num_heads": key.count}

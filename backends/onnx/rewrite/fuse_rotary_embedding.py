@@ -21,7 +21,7 @@ def rewrite(model: ir.Model) -> int:
     tables: dict[ir.Value, ir.Value | None] = {}
     for node in m.nodes_of(model, "Add"):
         rotation = match_rotation(node)
-        if rotation is None:
+        if rotation is None or rotation.x.dtype != ir.DataType.FLOAT:
             continue
         halves = []
         for table in (rotation.cos, rotation.sin):

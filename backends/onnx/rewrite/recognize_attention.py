@@ -17,7 +17,7 @@ def rewrite(model: ir.Model) -> int:
     changed = 0
     for node in m.nodes_of(model, "MatMul"):
         softmax = m.produced_by(node.inputs[0], "Softmax")
-        if softmax is None or m.only_user(softmax.outputs[0]) is not node:
+        if softmax is None or not m.read_only_by(softmax.outputs[0], node):
             continue
         shape = m.dims(softmax.outputs[0])
         if shape is None or len(shape) != 4 or m.attribute(softmax, "axis", -1) not in (-1, 3):

@@ -25,7 +25,7 @@ def rewrite(model: ir.Model) -> int:
             width = m.dims(x)
             if width is None or width[-1] != shape[0] or not m.is_stored(weight):
                 continue
-            if x.dtype != ir.DataType.FLOAT or m.only_user(normalized) is not node:
+            if x.dtype != ir.DataType.FLOAT or not m.read_only_by(normalized, node):
                 continue
             attributes = {"axis": -1, "epsilon": epsilon}
             m.replace(

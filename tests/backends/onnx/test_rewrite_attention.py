@@ -112,6 +112,20 @@ def test_causal_attention_is_grouped_query_attention(kv_heads: int) -> None:
         assert result.error(rows(batch, length)) < TOLERANCE
 
 
+class Narrow(nn.Module):
+    """Heads of 6 numbers, which the grouped kernel refuses."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.unflatten(-1, (-1, 6)).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, q, q, is_causal=True).transpose(1, 2).flatten(2)
+
+
+def test_head_sizes_the_causal_kernel_refuses_keep_attention() -> None:
+    result = export(Narrow(), (torch.randn(2, 6, 24),), SHAPES)
+    assert result.operators() == {"Attention": 1}
+    assert result.error(torch.randn(3, 11, 24)) < TOLERANCE
+
+
 def test_causal_attention_does_not_ask_for_a_cache() -> None:
     result = export(Causal(), (rows(2, 6),), SHAPES)
     node = next(n for n in result.model.graph if n.op_type == "GroupQueryAttention")
