@@ -64,8 +64,8 @@ def external_tensors(
         found.append(ExternalTensor(tensor.name, tensor.data_type, tensor.dims, offset, length))
     found.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     end = 0
-    for tensor in found:
-        if tensor.offset < end:
-            raise refuse(tensor.name, "shares bytes with another tensor")
-        end = tensor.offset + tensor.nbytes
+    for placed in found:
+        if placed.offset < end:
+            raise refuse(placed.name, "shares bytes with another tensor")
+        end = placed.offset + placed.nbytes
     return tuple(found)
