@@ -8,7 +8,7 @@ loaded without folding. Models whose weights are laid out when they are made los
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -28,14 +28,18 @@ if TYPE_CHECKING:
 
 
 def folding_is_bounded(
-    model: onnx.ModelProto, model_bytes: int, *, limits: Limits = DEFAULT_LIMITS
+    model: onnx.ModelProto,
+    model_bytes: int,
+    *,
+    tick: Callable[[], None],
+    limits: Limits = DEFAULT_LIMITS,
 ) -> bool:
     """Whether constant folding makes at most ``fold_bytes`` plus four times the model's size.
 
     ``model`` may be a skeleton (large initializers without their bytes); ``model_bytes`` counts
-    all weights. No value may have more than 64 dimensions.
+    all weights. No value may have more than 64 dimensions. ``tick`` is called for every node.
     """
-    folding = _Folding(limits.fold_bytes + 4 * model_bytes)
+    folding = _Folding(limits.fold_bytes + 4 * model_bytes, tick)
     try:
         inputs = {declared.name: value_of_input(declared) for declared in model.graph.input}
         folding.walk(model.graph, inputs)
@@ -47,8 +51,9 @@ def folding_is_bounded(
 class _Folding:
     """One walk over a graph and its subgraphs; UnboundedError when it is too much or unknown."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, tick: Callable[[], None]) -> None:
         self.most = most
+        self.tick = tick
         self.made = 0
 
     def walk(self, graph: onnx.GraphProto, given: Mapping[str, Value]) -> None:
@@ -57,18 +62,22 @@ class _Folding:
         for tensor in graph.initializer:
             known[tensor.name] = value_of_tensor(tensor)
         for node in graph.node:
+            self.tick()
             for attribute in node.attribute:
                 if attribute.HasField("g"):
                     # What a subgraph is called with is not known, whatever it declares.
                     called = {declared.name: Value() for declared in attribute.g.input}
                     self.walk(attribute.g, {**known, **called})
             first = self._first_output(node, known)
-            # Other outputs of the operators that fold are at most as large as the first.
-            others = replace(first, shape=None, contents=None)
-            for index, name in enumerate(node.output):
-                known[name] = others if index else first
-                if first.is_constant and node.op_type != "Constant":
-                    self.made += first.nbytes
+            if not node.output:
+                continue
+            known[node.output[0]] = first
+            if len(node.output) > 1:
+                # Other outputs of the operators that fold are at most as large as the first.
+                other = replace(first, shape=None, contents=None)
+                known.update(dict.fromkeys(node.output[1:], other))
+            if first.is_constant and node.op_type != "Constant":
+                self.made += first.nbytes * len(node.output)
             if self.made > self.most:
                 raise UnboundedError
 
@@ -78,7 +87,10 @@ class _Folding:
         inputs = [known.get(name, Value()) if name else Value() for name in node.input]
         result = first_output(node, inputs)
         if node.op_type in ("Shape", "Size") and not node.domain:
-            sizes = result.contents or ()
-            return replace(result, is_constant=VARIES not in sizes)
-        given = [value for name, value in zip(node.input, inputs, strict=True) if name]
-        return replace(result, is_constant=bool(given) and all(v.is_constant for v in given))
+            is_constant = VARIES not in (result.contents or ())
+        else:
+            given = [value for name, value in zip(node.input, inputs, strict=True) if name]
+            is_constant = bool(given) and all(value.is_constant for value in given)
+        if is_constant == result.is_constant:
+            return result
+        return Value(result.shape, result.contents, is_constant, result.elements, result.width)

@@ -8,7 +8,7 @@ below a ``Shape``, ``Unsqueeze`` with many axes, and an ``Expand`` to a shape of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,22 +34,25 @@ class _Value:
     first: int | None = None
 
 
-def first_deep_value(graph: onnx.GraphProto) -> str | None:
+def first_deep_value(graph: onnx.GraphProto, tick: Callable[[], None]) -> str | None:
     """The name of a value that may have more than 64 dimensions, or None.
 
     Chains that make ranks grow are followed; where the length of a shape is not known from the
-    graph, five is assumed.
+    graph, five is assumed. ``tick`` is called for every node.
     """
-    return _walk(graph, {})
+    return _walk(graph, {}, tick)
 
 
-def _walk(graph: onnx.GraphProto, outer: Mapping[str, _Value]) -> str | None:
+def _walk(
+    graph: onnx.GraphProto, outer: Mapping[str, _Value], tick: Callable[[], None]
+) -> str | None:
     known = dict(outer)
     for value in graph.input:
         known[value.name] = _declared(value)
     for tensor in graph.initializer:
         known[tensor.name] = _of_tensor(tensor)
     for node in graph.node:
+        tick()
         inputs = [known.get(name, _Value(_UNKNOWN)) if name else None for name in node.input]
         result = _result(node, inputs)
         for name in node.output:
@@ -57,7 +60,7 @@ def _walk(graph: onnx.GraphProto, outer: Mapping[str, _Value]) -> str | None:
         if result.rank > MOST_DIMENSIONS:
             return str(node.output[0]) if node.output else str(node.op_type)
         for attribute in node.attribute:
-            if attribute.HasField("g") and (found := _walk(attribute.g, known)):
+            if attribute.HasField("g") and (found := _walk(attribute.g, known, tick)):
                 return found
     return None
 

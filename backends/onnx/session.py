@@ -29,6 +29,7 @@ from mopt.backends.onnx.runner import ORT_ERRORS, OnnxRunner, first_line, is_mem
 from mopt.backends.onnx.walker import CheckedModel, check_model
 from mopt.backends.onnx.wire import ELEMENT_BITS, scan_model
 from mopt.bench_loop import run_bench
+from mopt.children import run_child
 from mopt.errors import ArtifactError, InputError, LimitError, MoptError, UsageError, quote
 from mopt.limits import DEFAULT_LIMITS, Limits
 from mopt.npz_files import read_npz
@@ -190,6 +191,36 @@ def _external_value(mapped: mmap.mmap, tensor: ExternalTensor) -> ort.OrtValue:
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, tensor.data_type)
 
 
+def probe_file(
+    path: str | os.PathLike[str],
+    *,
+    max_memory: int | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+) -> None:
+    """Check a stranger's model and load it once in a child process, where it can do no harm.
+
+    Call it before ``open_session`` on a file from somebody else: what still crashes the runtime or
+    takes more than ``max_memory`` bytes of private memory or ``load_seconds`` becomes an error of
+    ``check_file`` or ``mopt.children.run_child``.
+    """
+    command = _child_command(path)
+    run_child(
+        command,
+        label=f"loading {quote(os.fspath(path))}",
+        timeout=limits.load_seconds,
+        max_memory=max_memory,
+    )
+
+
+def _child_command(path: str | os.PathLike[str]) -> list[str]:
+    """The child that loads a model; checked here, once, so that the child only loads and runs."""
+    command = [
+        sys.executable, "-P", "-m", "mopt.backends.onnx.session",
+        "--bench", os.path.abspath(path), "--unchecked",  # noqa: PTH100
+    ]  # fmt: skip
+    return command if check_file(path).may_fold else [*command, "--no-folding"]
+
+
 def bench_command(
     path: str | os.PathLike[str], inputs: str | os.PathLike[str], *, threads: int | None
 ) -> list[str]:
@@ -198,12 +229,10 @@ def bench_command(
     ``inputs`` is an npz file with one array per input, by name. The model is checked here, once,
     with the errors of ``check_file``, so that what is timed is loading and running alone.
     """
-    command = [
-        sys.executable, "-P", "-m", "mopt.backends.onnx.session",
-        "--bench", os.path.abspath(path), "--inputs", os.path.abspath(inputs),  # noqa: PTH100
-        "--threads", str(threads or 0), "--unchecked",
+    return [
+        *_child_command(path),
+        "--inputs", os.path.abspath(inputs), "--threads", str(threads or 0),  # noqa: PTH100
     ]  # fmt: skip
-    return command if check_file(path).may_fold else [*command, "--no-folding"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -49,7 +49,9 @@ def first_output(node: onnx.NodeProto, inputs: Inputs) -> Value:
         return Value()
     result = rule(node, inputs)
     exact = count(result.shape)
-    return replace(result, elements=exact) if exact is not None else result
+    if exact is None or exact == result.elements:
+        return result
+    return replace(result, elements=exact)
 
 
 def _rule(names: str, domain: str = "") -> Callable[[Rule], Rule]:
@@ -76,7 +78,7 @@ def _same(node: onnx.NodeProto, inputs: Inputs) -> Value:
     return replace(inputs[0], contents=None)
 
 
-@_rule("Cast CastLike DequantizeLinear Identity QuantizeLinear")
+@_rule("Cast CastLike DequantizeLinear DynamicQuantizeLinear Identity QuantizeLinear")
 @_rule("DequantizeLinear QuantizeLinear", _MICROSOFT)
 def _converted(node: onnx.NodeProto, inputs: Inputs) -> Value:
     kept = inputs[0].contents if node.op_type in ("Cast", "CastLike", "Identity") else None

@@ -69,11 +69,13 @@ def check_model(
     walker.check_values([*model.graph.input, *model.graph.output, *model.graph.value_info])
     walker.check_names(model.graph, outline)
     walker.check_nodes(model.graph, depth=0)
-    deep = first_deep_value(model.graph)
+    deep = first_deep_value(model.graph, walker.tick)
     if deep is not None:
         raise walker.too_large(f"has the value {quote(deep)} of over {MOST_DIMENSIONS} dimensions")
     weights = sum(tensor.nbytes for tensor in outline.initializers)
-    may_fold = folding_is_bounded(model, len(outline.skeleton) + weights, limits=limits)
+    may_fold = folding_is_bounded(
+        model, len(outline.skeleton) + weights, tick=walker.tick, limits=limits
+    )
     return CheckedModel(walker.nodes, may_fold)
 
 
@@ -83,6 +85,7 @@ class _Walker:
         self.operators = operators
         self.limits = limits
         self.nodes = 0
+        self.ticks = 0
         self.deadline = time.monotonic() + limits.parse_seconds
 
     def forbidden(self, what: str) -> MoptError:
@@ -90,6 +93,12 @@ class _Walker:
 
     def too_large(self, what: str) -> LimitError:
         return LimitError(f"{self.file.name} {what}", code="onnx-too-large")
+
+    def tick(self) -> None:
+        """Called for every node of every walk; ends what takes too long."""
+        self.ticks += 1
+        if not self.ticks % 1024 and time.monotonic() > self.deadline:
+            raise self.too_large(f"took over {self.limits.parse_seconds} s to check")
 
     def check_header(self, model: onnx.ModelProto) -> None:
         domains = {domain for domain, _ in self.operators}
@@ -145,8 +154,7 @@ class _Walker:
             self.nodes += 1
             if self.nodes > self.limits.onnx_nodes:
                 raise self.too_large(f"has more than {self.limits.onnx_nodes} nodes")
-            if not self.nodes % 1024 and time.monotonic() > self.deadline:
-                raise self.too_large(f"took over {self.limits.parse_seconds} s to check")
+            self.tick()
             # "ai.onnx" would mean the same as "", but two names for one thing are one too many.
             if (node.domain, node.op_type) not in self.operators:
                 raise self._unknown_operators(graph)

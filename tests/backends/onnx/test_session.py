@@ -14,7 +14,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mopt.backends.onnx.session import bench_command, check_file, open_session
+from mopt.backends.onnx.session import bench_command, check_file, open_session, probe_file
 from mopt.errors import ArtifactError, InputError, LimitError, MoptError, UsageError
 from mopt.limits import parse_limits
 from mopt.measure import Subject, compare, measure_one
@@ -237,11 +237,16 @@ def test_a_bomb_does_not_go_off(tmp_path: Path) -> None:
     assert "--no-folding" in command and "--unchecked" in command
 
 
-def test_a_memory_limit_ends_in_an_error(tmp_path: Path) -> None:
-    save(tmp_path / "m", 2048, 8)
-    done = load_in_child(tmp_path / "m", 1 << 27)
-    assert done.returncode == 2
-    assert "error[out-of-memory]" in done.stderr or "MemoryError" in done.stderr
+def test_probing_bounds_what_loading_may_take(tmp_path: Path) -> None:
+    folder = save(tmp_path / "m", 1024, 16)
+    probe_file(folder, max_memory=1 << 32)
+    with pytest.raises(MoptError) as caught:
+        probe_file(folder, max_memory=1 << 27)
+    assert caught.value.code in ("child-failed", "child-crashed")
+    assert "loading" in caught.value.message
+    with pytest.raises(LimitError) as limited:
+        probe_file(folder, limits=parse_limits(["load-seconds=0"]))
+    assert limited.value.code == "child-timeout"
 
 
 @pytest.mark.parametrize("kind", [TensorProto.INT4, TensorProto.BFLOAT16, TensorProto.FLOAT8E4M3FN])

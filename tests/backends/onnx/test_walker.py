@@ -18,7 +18,7 @@ from mopt.backends.onnx.walker import CheckedModel
 from mopt.backends.onnx.wire import scan_model
 from mopt.errors import ArtifactError, LimitError, MoptError
 from mopt.safe_read import Folder
-from tests.backends.onnx.hostile import FLOAT, GOOD, attribute, check, edited, model, node
+from tests.backends.onnx.hostile import FLOAT, GOOD, attribute, check, edited, model, node, value
 
 
 def test_a_plain_model_passes(tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_truncated_and_mutated_models_never_escape_as_other_errors(tmp_path: Pat
     good = MASK.SerializeToString()
     rng = random.Random(0)
     cases = [good[:n] for n in range(0, len(good), 3)]
-    for _ in range(1500):
+    for _ in range(800):
         data = bytearray(good)
         for _ in range(rng.randrange(1, 4)):
             at = rng.randrange(len(data))
@@ -298,3 +298,12 @@ def test_floods_of_small_fields_stay_cheap(tmp_path: Path) -> None:
     with pytest.raises(LimitError, match="more than 1000000 nodes"):
         check(tmp_path, raw)
     assert time.perf_counter() - start < 10
+
+
+def test_checking_takes_no_longer_than_the_limit(tmp_path: Path) -> None:
+    made = model(
+        [node("Add", f"x{i} x{i}", f"x{i + 1}") for i in range(20_000)], inputs=[value("x0")]
+    )
+    assert check(tmp_path, made).nodes == 20_000
+    with pytest.raises(LimitError, match="took over 0 s"):
+        check(tmp_path, made, "parse-seconds=0")
