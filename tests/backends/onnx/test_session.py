@@ -238,10 +238,10 @@ def test_a_bomb_does_not_go_off(tmp_path: Path) -> None:
 
 
 def test_probing_bounds_what_loading_may_take(tmp_path: Path) -> None:
-    folder = save(tmp_path / "m", 1024, 16)
+    folder = save(tmp_path / "m", 256, 4)
     probe_file(folder, max_memory=1 << 32)
     with pytest.raises(MoptError) as caught:
-        probe_file(folder, max_memory=1 << 27)
+        probe_file(folder, max_memory=1 << 24)
     assert caught.value.code in ("child-failed", "child-crashed")
     assert "loading" in caught.value.message
     with pytest.raises(LimitError) as limited:
