@@ -119,7 +119,7 @@ class GridFormat(Format):
         """Scales and zero points for ``weight`` (rows, columns), or for a slice of its columns.
 
         ``ranges`` is "min-max" or "mse"; ``importance`` (columns) weighs the squared errors that
-        "mse" minimizes.
+        "mse" minimizes, or (columns, columns) pairs of errors within a group.
         """
 
     @abstractmethod
@@ -131,11 +131,18 @@ class GridFormat(Format):
 
         ``group`` is :meth:`group_of` the whole weight's columns. The result is float32.
         """
-        at = torch.arange(start, start + columns.shape[1], device=columns.device) // group
+        at = groups_of(start, columns.shape[1], group)
         scales = grid.scales.float()[:, at]
         zeros = grid.zero_points[:, at] if grid.zero_points is not None else None
         codes = round_codes(columns.float(), scales, zeros, self.bits)
         return (codes - (2 ** (self.bits - 1) if zeros is None else zeros)) * scales
+
+
+def groups_of(start: int, count: int, group: int) -> slice | Tensor:
+    """Which groups ``count`` columns from ``start`` on belong to, as an index."""
+    if count == 1:  # the case of algorithms that round column by column
+        return slice(start // group, start // group + 1)
+    return torch.arange(start, start + count) // group
 
 
 def round_codes(values: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:

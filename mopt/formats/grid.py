@@ -19,6 +19,7 @@ SCALE_FLOOR = 1e-8
 _PIECE = 1 << 18
 _FACTORS = {  # on the min-max range
     2: tuple(0.30 + 0.035 * i for i in range(25)),
+    3: tuple(0.46 + 0.027 * i for i in range(23)),
     4: tuple(0.58 + 0.021 * i for i in range(21)),
     8: tuple(0.86 + 0.014 * i for i in range(11)),
 }
@@ -72,15 +73,17 @@ def search_grid(
     """A grid for ``weight`` (rows, columns) in groups of ``group`` columns, the last may be short.
 
     "min-max" covers every value. "mse" tries ranges from narrow to slightly wide, keeps per group
-    the one with the smallest squared error (weighed by ``importance`` per column), and then
-    improves its scale by least squares for the codes found; it is never worse than min-max.
+    the one with the smallest squared error, and then improves its scale by least squares for the
+    codes found; it is never worse than min-max. ``importance`` weighs the squared errors per column
+    (columns), or pairs of errors of one group (columns, columns): with the second moment of the
+    input, what is minimized is the error of the output that each group causes.
     """
     rows, columns = weight.shape
     pad = -columns % group
     weigh = None
     if importance is not None or pad:
         weigh = torch.ones(columns) if importance is None else importance.float()
-        weigh = torch.nn.functional.pad(weigh.to(weight.device), (0, pad)).view(-1, group)
+        weigh = _by_group(weigh.to(weight.device), group, pad)
     step = max(1, _PIECE // (columns + pad))
     pieces = []
     for start in range(0, rows, step):
@@ -88,6 +91,18 @@ def search_grid(
         pieces.append(_search(piece.view(len(piece), -1, group), weigh, bits, symmetric, ranges))
     zeros = [p.zero_points for p in pieces if p.zero_points is not None]
     return Grid(torch.cat([p.scales for p in pieces]), torch.cat(zeros) if zeros else None)
+
+
+def _by_group(importance: Tensor, group: int, pad: int) -> Tensor:
+    """Weights of errors (groups, group), or of pairs of errors (groups, group, group)."""
+    if importance.dim() == 1:
+        return torch.nn.functional.pad(importance, (0, pad)).view(-1, group)
+    count = (len(importance) + pad) // group
+    blocks = importance.new_zeros(count, group, group)
+    for at in range(count):
+        own = importance[at * group : (at + 1) * group, at * group : (at + 1) * group]
+        blocks[at, : len(own), : len(own)] = own
+    return blocks
 
 
 def _search(x: Tensor, weigh: Tensor | None, bits: int, symmetric: bool, ranges: str) -> Grid:
@@ -109,7 +124,7 @@ def _search(x: Tensor, weigh: Tensor | None, bits: int, symmetric: bool, ranges:
             zero = torch.where(better, tried.zero_points, zero)
     for _ in range(_REFINEMENTS):
         codes = _levels(x, scale, zero, bits)
-        weighed = codes if weigh is None else codes * weigh
+        weighed = codes if weigh is None else _weighed(codes, weigh)
         fitted = (weighed * x).sum(-1) / (weighed * codes).sum(-1)
         fitted = torch.where(fitted.isfinite() & (fitted.abs() > SCALE_FLOOR), fitted, scale)
         error = _error(x, _levels(x, fitted, zero, bits), fitted, weigh)
@@ -129,8 +144,15 @@ def _levels(x: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
 
 
 def _error(x: Tensor, codes: Tensor, scale: Tensor, weigh: Tensor | None) -> Tensor:
-    square = torch.addcmul(x, codes, scale.unsqueeze(-1), value=-1).square_()
-    return (square if weigh is None else square.mul_(weigh)).sum(-1)
+    error = torch.addcmul(x, codes, scale.unsqueeze(-1), value=-1)
+    return (error.square_() if weigh is None else _weighed(error, weigh).mul_(error)).sum(-1)
+
+
+def _weighed(values: Tensor, weigh: Tensor) -> Tensor:
+    """``values`` (rows, groups, group) times the weights of their errors."""
+    if weigh.dim() == 2:
+        return values * weigh
+    return torch.einsum("rgi,gij->rgj", values, weigh)
 
 
 def _safe(scale: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from mopt.ops import dequantize_blocks, pack_bits, pack_zero_points
 from mopt.program import Program
 
 GROUPS = (16, 32, 64, 128)
-_NAME = re.compile(r"int([248])-(?:g(\d+)|(channel))(-asym)?(-afloat)?")
+_NAME = re.compile(r"int([2348])-(?:g(\d+)|(channel))(-asym)?(-afloat)?")
 # Largest share of codes that may be padding: beyond it a smaller group is the better format.
 _MAX_PADDING = 0.25
 
@@ -35,6 +35,9 @@ _MAX_PADDING = 0.25
 @dataclass(frozen=True)
 class IntBlocks(GridFormat):
     """``int4-g32``, ``int8-g128-asym``, ``int4-channel-afloat``, ...: 2, 4 or 8 bits in groups.
+
+    3 bits (``int3-g128``) have no kernel of their own: their codes are stored in, and computed with
+    as, 4 bits, so they take the bytes of int4 and are there to measure what 3 bits cost.
 
     ``group`` columns share a scale (and a zero point when ``asymmetric``); 0 means a scale per
     output channel, which is stored once per block because the kernel reads it so. ``activations``
@@ -62,10 +65,15 @@ class IntBlocks(GridFormat):
         return self.width
 
     @property
+    def storage(self) -> int:
+        """Bits that a code takes in memory."""
+        return 4 if self.width == 3 else self.width
+
+    @property
     def kernels(self) -> frozenset[tuple[str, str]]:
         # Measured on ONNX Runtime 1.31: with float activations, 8- and 2-bit weights take a path
         # about a hundred times slower than the one for 8-bit activations.
-        if self.activations == "float" and self.width != 4:
+        if self.activations == "float" and self.storage != 4:
             return frozenset()
         return frozenset({("onnx", "cpu")})
 
@@ -89,7 +97,7 @@ class IntBlocks(GridFormat):
         """Columns per stored block: the group, or for per-channel scales what takes least bytes."""
         if self.group:
             return self.group
-        return min(reversed(GROUPS), key=lambda g: -(-columns // g) * (g * self.width // 8 + 4))
+        return min(reversed(GROUPS), key=lambda g: -(-columns // g) * (g * self.storage // 8 + 4))
 
     def group_of(self, columns: int) -> int:
         return self.group or columns
@@ -140,18 +148,20 @@ class IntBlocks(GridFormat):
             zeros.unsqueeze(-1) if zeros is not None else None,
             self.width,
         )
+        if zeros is None:  # the operator's zero point is in the middle of the stored range
+            codes = codes + (2 ** (self.storage - 1) - 2 ** (self.width - 1))
         tensors = {
-            "codes": pack_bits(codes.to(torch.int32), self.width),
+            "codes": pack_bits(codes.to(torch.int32), self.storage),
             "scales": scales.to(weight.dtype).contiguous(),
         }
         if zeros is not None:
-            tensors["zero_points"] = pack_zero_points(zeros.to(torch.int32), self.width)
+            tensors["zero_points"] = pack_zero_points(zeros.to(torch.int32), self.storage)
         return Encoded(self.name, tuple(weight.shape), tensors)
 
     def decode(self, encoded: Encoded) -> Tensor:
         tensors = encoded.tensors
         return dequantize_blocks(
-            tensors["codes"], tensors["scales"], tensors.get("zero_points"), self.width,
+            tensors["codes"], tensors["scales"], tensors.get("zero_points"), self.storage,
             encoded.shape[1],
         )  # fmt: skip
 
@@ -159,8 +169,8 @@ class IntBlocks(GridFormat):
         rows, columns = shape
         block = self.block(columns)
         blocks = -(-columns // block)
-        zeros = -(-blocks * self.width // 8) if self.asymmetric else 0
-        return rows * (blocks * (block * self.width // 8 + dtype.itemsize) + zeros)
+        zeros = -(-blocks * self.storage // 8) if self.asymmetric else 0
+        return rows * (blocks * (block * self.storage // 8 + dtype.itemsize) + zeros)
 
     def place(self, program: Program, layer: Layer, encoded: Encoded) -> None:
         nodes = store(program, layer, encoded)
@@ -171,7 +181,7 @@ class IntBlocks(GridFormat):
             torch.ops.mopt.linear_nbits.default,
             lambda call: (
                 call.args[0], nodes["codes"], nodes["scales"], nodes.get("zero_points"),
-                argument(call, 2, "bias"), self.width, columns, self.activations,
+                argument(call, 2, "bias"), self.storage, columns, self.activations,
             ),
         )  # fmt: skip
         record(program, layer, self.name)

@@ -14,6 +14,7 @@ from mopt.formats.base import (
     Encoded,
     GridFormat,
     argument,
+    groups_of,
     record,
     register_format,
     require_finite,
@@ -71,7 +72,7 @@ class _Int8Rows(GridFormat):
         return (flat * steps).view(encoded.shape)
 
     def quantize_columns(self, columns: Tensor, grid: Grid, group: int, start: int) -> Tensor:
-        at = torch.arange(start, start + columns.shape[1], device=columns.device) // group
+        at = groups_of(start, columns.shape[1], group)
         steps = grid.scales.float()[:, at]
         return torch.round(columns.float() / steps).clamp(-self.limit, self.limit) * steps
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mopt.errors import UsageError
-from mopt.formats import Format
+from mopt.formats import Encoded, GridFormat
 from mopt.formats.int_blocks import IntBlocks
 from mopt.layers import Layer
 from mopt.pass_base import Numerics, Pass, PassContext, PassResult, option, register_pass
+from mopt.passes.quantize._calibrated import NEEDS_DATA, encode_on_data, grid_for
 from mopt.passes.quantize._weights import encode_layers, is_small
 from mopt.program import Program
 
@@ -22,12 +23,14 @@ class QuantizeWeights(Pass):
 
     ## When to use
     For models whose time goes into reading weights: generating text one token at a time, small
-    batches. No data is needed.
+    batches. No data is needed, except for `ranges = "output"`.
 
     ## Accuracy
     Round to nearest. On weights that look normally distributed the squared error is 0.65 percent
     of the weight's at 4 bits in groups of 32, and below 0.004 percent at 8 bits. `ranges = "mse"`
-    picks each group's scale for the least squared error; "min-max" covers the largest weight.
+    picks each group's scale for the least squared error; "min-max" covers the largest weight;
+    "output" picks it for the least error of the layer's output on calibration data, which is the
+    clipping of AWQ, and does so for the inputs that the rounded layers before it give.
     With `activations = "int8"` the kernel also rounds each row and block of the input to 8 bits
     (about half a percent), which is what makes it fast; "float" keeps the input as it is.
 
@@ -40,12 +43,14 @@ class QuantizeWeights(Pass):
     A linear of 384 x 384 in float32 (590 kB) becomes 92 kB at 4 bits in groups of 32.
     """
 
-    bits: int = option(4, choices=(2, 4, 8), help="bits per weight")
+    bits: int = option(4, choices=(2, 3, 4, 8), help="bits per weight")
     group: int = option(
         32, choices=(0, 16, 32, 64, 128), help="weights that share a scale; 0: a whole row"
     )
     symmetric: bool = option(True, help="no zero points: fewer bytes, a little more error")
-    ranges: str = option("mse", choices=("mse", "min-max"), help="how scales are chosen")
+    ranges: str = option(
+        "mse", choices=("output", "mse", "min-max"), help="what scales minimize, see Accuracy"
+    )
     activations: str = option(
         "int8", choices=("int8", "float"), help="whether a kernel may round the input to 8 bits"
     )
@@ -53,7 +58,7 @@ class QuantizeWeights(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.activations == "float" and self.bits != 4:
+        if self.activations == "float" and self.bits in (2, 8):
             raise UsageError(
                 f"quantize-weights: bits is {self.bits} and activations is 'float', for which no "
                 "fast kernel exists",
@@ -61,13 +66,26 @@ class QuantizeWeights(Pass):
                 hint="use activations='int8', or bits=4",
             )
 
+    def requires(self, program: Program, ctx: PassContext) -> str | None:
+        if self.ranges == "output" and ctx.calibration is None:
+            return f"ranges='output' {NEEDS_DATA}, or use ranges='mse'"
+        return None
+
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         wanted = IntBlocks(self.bits, self.group, not self.symmetric, self.activations)
 
-        def choose(layer: Layer, weight: Tensor) -> Format | str:
+        def choose(layer: Layer, weight: Tensor) -> IntBlocks | str:
             if layer.kind != "linear":
                 return f"only linear layers have a kernel for weights in groups, not {layer.kind}s"
             return is_small(layer, self.min_size) or wanted
 
         kinds = ("linear", "convolution", "embedding")
+        if self.ranges == "output":
+            return encode_on_data(self, program, ctx, kinds, choose, _encode)
         return encode_layers(self, program, ctx, kinds, choose, self.ranges)
+
+
+def _encode(
+    layer: Layer, weight: Tensor, form: GridFormat, moment: Tensor
+) -> tuple[Encoded, dict[str, object]]:
+    return form.encode(weight, grid=grid_for(form, weight, moment, "output")), {}

@@ -1,0 +1,154 @@
+"""What the passes share that round one layer after another on streamed calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+
+from mopt.formats import Encoded, Grid, GridFormat
+from mopt.formats.base import require_finite
+from mopt.layers import Layer, find_layers
+from mopt.pass_base import Pass, PassContext, PassResult, Skip
+from mopt.passes.quantize._gptq import output_error
+from mopt.passes.quantize._weights import relative_error
+from mopt.program import Program
+from mopt.streaming import Stream
+
+NEEDS_DATA = "needs calibration data; pass calibration=[inputs, ...] (or --calib)"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that read the same values; ``inputs`` is that value in each of their calls."""
+
+    inputs: tuple[fx.Node, ...]
+    layers: tuple[Layer, ...]
+
+
+def input_groups(layers: list[Layer]) -> list[Group]:
+    """Layers by what they read, in the order of their first calls."""
+    found: dict[tuple[fx.Node, ...], list[Layer]] = {}
+    for layer in layers:
+        key = tuple(call.args[0] for call in layer.calls)
+        found.setdefault(key, []).append(layer)  # type: ignore[arg-type]
+    return [Group(inputs, tuple(members)) for inputs, members in found.items()]
+
+
+def visit_groups(
+    program: Program, stream: Stream, groups: list[Group]
+) -> Iterator[tuple[Group, Tensor]]:
+    """Each group with the second moment of what it reads, when the stream gets to it.
+
+    A group that is called several times comes at its last call, with the mean over its calls.
+    """
+    place = {node: at for at, node in enumerate(program.graph.nodes)}
+    stops = []
+    for group in groups:
+        for turn, value in enumerate(group.inputs):
+            call = min((layer.calls[turn] for layer in group.layers), key=place.__getitem__)
+            stops.append((place[call], call, group, value))
+    moments: dict[tuple[fx.Node, ...], Tensor] = {}
+    left = {group.inputs: len(group.inputs) for group in groups}
+    for _, call, group, value in sorted(stops, key=lambda stop: stop[0]):
+        stream.advance(call)
+        share = stream.second_moment(value) / len(group.inputs)
+        known = moments.pop(group.inputs, None)
+        moments[group.inputs] = share if known is None else known + share
+        left[group.inputs] -= 1
+        if left[group.inputs] == 0:
+            yield group, moments.pop(group.inputs)
+
+
+def encode_on_data(
+    one: Pass,
+    program: Program,
+    ctx: PassContext,
+    kinds: tuple[str, ...],
+    choose: Callable[[Layer, Tensor], GridFormat | str],
+    encode: Callable[[Layer, Tensor, GridFormat, Tensor], tuple[Encoded, Mapping[str, Any]]],
+) -> PassResult:
+    """Encode every selected layer of ``kinds`` for the inputs it gets on calibration data.
+
+    ``choose`` gives a layer's format or the reason to leave it; ``encode`` is given the second
+    moment of the layer's inputs, which come from layers that are encoded already, and may return
+    remarks for the report. Layers that read one value share its moment.
+    """
+    assert ctx.calibration is not None
+    forms, skipped = _choose(one, program, ctx, kinds, choose)
+    if not forms:
+        return PassResult(changed=False, stats={"layers": 0}, skipped=skipped)
+    stream = Stream(program, ctx.calibration.for_part(program), ctx)
+    encoded: dict[Layer, Encoded] = {}
+    weight_error: dict[str, float] = {}
+    layer_error: dict[str, float] = {}
+    remarks: dict[str, Any] = {}
+    for group, moment in visit_groups(program, stream, input_groups(list(forms))):
+        for layer in group.layers:
+            ctx.progress.step(len(encoded), len(forms), "layers")
+            ctx.check_time(f"encoding {layer.path}")
+            form, weight = forms[layer], program.weight(layer.weight)
+            encoded[layer], said = encode(layer, weight, form, moment)
+            decoded = form.decode(encoded[layer])
+            stream.replace_weight(layer.calls, layer.weight, decoded.to(weight.dtype))
+            weight_error[layer.path] = relative_error(weight, decoded)
+            size = output_error(weight, moment)
+            wrong = output_error(weight.float() - decoded.float(), moment)
+            layer_error[layer.path] = wrong / size if size > 0 else 0.0
+            if said:
+                remarks[layer.path] = dict(said)
+    for layer, one_encoded in encoded.items():
+        forms[layer].place(program, layer, one_encoded)
+    stats: dict[str, Any] = {
+        "layers": len(encoded),
+        "formats": {layer.path: forms[layer].name for layer in encoded},
+        "weight_error": weight_error,
+        "output_error": layer_error,
+        "batches": stream.batches,
+        "peak_activation_bytes": stream.peak_bytes,
+    }
+    if remarks:
+        stats["remarks"] = remarks
+    return PassResult(changed=True, stats=stats, skipped=skipped)
+
+
+def grid_for(form: GridFormat, weight: Tensor, moment: Tensor, ranges: str) -> Grid:
+    """Scales by a method of that name: "output" weighs errors by the inputs' second moment.
+
+    Inputs that were always zero count a little, so that their weights are not clipped at will.
+    """
+    if ranges != "output":
+        return form.grid(weight, ranges=ranges)
+    weigh = moment.clone()
+    weigh.diagonal().add_(1e-3 * moment.diagonal().mean().clamp(min=1e-30))
+    return form.grid(weight, ranges="mse", importance=weigh)
+
+
+def _choose(
+    one: Pass,
+    program: Program,
+    ctx: PassContext,
+    kinds: tuple[str, ...],
+    choose: Callable[[Layer, Tensor], GridFormat | str],
+) -> tuple[dict[Layer, GridFormat], list[Skip]]:
+    forms: dict[Layer, GridFormat] = {}
+    skipped: list[Skip] = []
+    for layer in find_layers(program):
+        if layer.kind not in kinds or not one.selects(layer.path):
+            continue
+        weight = program.weight(layer.weight)
+        require_finite(weight, layer.path, layer.source)
+        chosen = choose(layer, weight)
+        reason = chosen if isinstance(chosen, str) else chosen.check(layer, weight)
+        inputs = [call.args[0] for call in layer.calls]
+        if reason is None and any(
+            not isinstance(value, fx.Node) or value.op == "get_attr" for value in inputs
+        ):
+            reason = "its input is a constant"
+        if isinstance(chosen, str) or reason:
+            skipped.append(Skip(layer.path, str(reason)))
+        else:
+            forms[layer] = chosen
+    return forms, skipped

@@ -1,0 +1,212 @@
+"""Rounding a weight so that later columns make up for the errors of earlier ones (GPTQ).
+
+Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+Transformers", with scales fixed beforehand, so that the order of the columns need not be stored.
+Letters as there: W the weight, H the second moment of its inputs, U the upper Cholesky factor of
+the inverse of H, E the scaled errors.
+
+Afterwards the result may be refined: scales are fitted by least squares to the codes, and single
+codes are moved wherever that lowers the error (coordinate descent, as in QuantEase, Behdin et al.
+2023). Both steps only ever lower the error of the layer's output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mopt.formats import Grid, GridFormat
+from mopt.formats.grid import SCALE_FLOOR
+
+_BLOCK = 128
+_MOST_DAMPING = 0.1
+# A code moves only if that lowers the error by more than rounding noise of the sums behind it.
+_SMALLEST_GAIN = 1e-6
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A weight on the grid (rows, columns, float32) and how it came about.
+
+    ``damping`` is the share of the mean of H's diagonal that was added to it, None where no amount
+    helped and the weight was rounded to nearest. ``error`` is tr(D H D^T) for D the change of the
+    weight and H with its damping, ``feedback_error`` the sum of the squared scaled errors, which
+    equals it before refinement (and is 0 for rounding to nearest).
+    """
+
+    weight: Tensor
+    grid: Grid
+    damping: float | None
+    error: float
+    feedback_error: float = 0.0
+
+
+def round_with_feedback(
+    weight: Tensor,
+    moment: Tensor,
+    form: GridFormat,
+    grid: Grid,
+    *,
+    damping: float = 0.01,
+    by_activation: bool = True,
+    refinements: int = 2,
+) -> Rounded:
+    """Round ``weight`` (N, K) to ``grid`` for inputs with second ``moment`` (K, K).
+
+    Inputs that were always zero (dead) have no say in the order and are rounded to nearest.
+    ``by_activation`` rounds the columns with the largest inputs first, while many columns are left
+    to make up for them. The damping is raised tenfold, up to 0.1, where H cannot be factored.
+    """
+    w = weight.float()
+    h = moment.double().clone()
+    diagonal = h.diagonal()
+    dead = diagonal <= 0
+    h[dead] = 0
+    h[:, dead] = 0
+    diagonal[dead] = 1
+    scale = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
+    order = torch.arange(len(h), device=h.device)
+    if by_activation:
+        order = torch.argsort(torch.where(dead, 0, diagonal), descending=True, stable=True)
+    factor, used = _inverse_factor(h, order, damping, scale)
+    group = form.group_of(w.shape[1])
+    if factor is None or used is None:
+        nearest = form.quantize_columns(w, grid, group, 0)
+        return Rounded(nearest, grid, None, output_error(w - nearest, h))
+    diagonal += used * scale
+    rounded, feedback = _feed_back(w, factor.float(), order, form, grid, group)
+    result = Rounded(rounded, grid, used, output_error(w - rounded, h), feedback)
+    for _ in range(refinements):
+        better = _refine(w, h, order, form, result, group)
+        if better.error >= result.error:
+            break
+        result = better
+    return result
+
+
+def output_error(difference: Tensor, moment: Tensor) -> float:
+    """tr(D H D^T): the squared error of the outputs per row of inputs."""
+    d = difference.double()
+    return float(((d @ moment.double()) * d).sum())
+
+
+def _inverse_factor(
+    h: Tensor, order: Tensor, damping: float, scale: float
+) -> tuple[Tensor | None, float | None]:
+    """U with inverse(H + damping) = U^T U, columns in ``order``, and the damping it took."""
+    ordered = h[order][:, order]
+    identity = torch.eye(len(h), dtype=h.dtype, device=h.device)
+    tried = damping
+    while True:
+        lower, failed = torch.linalg.cholesky_ex(ordered + tried * scale * identity)
+        if not bool(failed):
+            inverse = torch.cholesky_inverse(lower)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not bool(failed) and bool(torch.isfinite(upper).all()):
+                return upper, tried
+        if tried >= _MOST_DAMPING:
+            return None, None
+        tried = min(max(tried * 10, 1e-4), _MOST_DAMPING)
+
+
+def _feed_back(
+    w: Tensor, u: Tensor, order: Tensor, form: GridFormat, grid: Grid, group: int
+) -> tuple[Tensor, float]:
+    """Columns rounded in order, each error spread over the columns still to come."""
+    left = w[:, order].clone()
+    result = torch.empty_like(w)
+    total = 0.0
+    columns = order.tolist()
+    for start in range(0, len(columns), _BLOCK):
+        stop = min(start + _BLOCK, len(columns))
+        errors = torch.empty(len(w), stop - start, device=w.device)
+        for at in range(start, stop):
+            column = left[:, at]
+            rounded = form.quantize_columns(column[:, None], grid, group, columns[at])[:, 0]
+            result[:, columns[at]] = rounded
+            error = (column - rounded) / u[at, at]
+            left[:, at + 1 : stop].addr_(error, u[at, at + 1 : stop], alpha=-1)
+            errors[:, at - start] = error
+        left[:, stop:].addmm_(errors, u[start:stop, stop:], alpha=-1)
+        total += float(errors.double().square().sum())
+    return result, total
+
+
+def _refine(
+    w: Tensor, h: Tensor, order: Tensor, form: GridFormat, found: Rounded, group: int
+) -> Rounded:
+    """One fit of the scales and one sweep over the codes; each row keeps what is better."""
+    grid = _fitted(w, h, found, group)
+    levels = found.weight / _per_column(found.grid.scales, w.shape[1], group)
+    moved = levels.round() * _per_column(grid.scales, w.shape[1], group)
+    swept = _sweep(w, h.float(), order, form, grid, group, moved)
+    before, after = _row_errors(w - found.weight, h), _row_errors(w - swept, h)
+    better = after < before
+    scales = torch.where(better[:, None], grid.scales, found.grid.scales)
+    weight = torch.where(better[:, None], swept, found.weight)
+    error = float(torch.where(better, after, before).sum())
+    return replace(found, weight=weight, grid=replace(grid, scales=scales), error=error)
+
+
+def _per_column(per_group: Tensor, columns: int, group: int) -> Tensor:
+    return per_group.float().repeat_interleave(group, dim=1)[:, :columns]
+
+
+def _row_errors(difference: Tensor, h: Tensor) -> Tensor:
+    d = difference.double()
+    return ((d @ h) * d).sum(1)
+
+
+def _fitted(w: Tensor, h: Tensor, found: Rounded, group: int) -> Grid:
+    """Scales with the least output error for the codes at hand: normal equations per row."""
+    columns = w.shape[1]
+    old = found.grid.scales.double()
+    groups = old.shape[1]
+    levels = (found.weight / _per_column(found.grid.scales, columns, group)).round().double()
+    pad = groups * group - columns
+    split = torch.nn.functional.pad(levels, (0, pad)).unflatten(1, (groups, group))
+    target = torch.nn.functional.pad(w.double() @ h, (0, pad)).unflatten(1, (groups, group))
+    right = (split * target).sum(2)
+    left = torch.empty(len(w), groups, groups, dtype=torch.float64, device=w.device)
+    for at in range(groups):
+        own = slice(at * group, min((at + 1) * group, columns))
+        reach = torch.nn.functional.pad(levels[:, own] @ h[own], (0, pad))
+        left[:, at] = (split * reach.unflatten(1, (groups, group))).sum(2)
+    # Groups whose codes are all zero have no say; a tiny ridge towards the old scale keeps them.
+    ridge = 1e-6 * left.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
+    left.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
+    solved = torch.linalg.solve(left, right + ridge[:, None] * old)
+    stored = solved.to(found.grid.scales.dtype).double()
+    ratio = stored / old
+    sound = torch.isfinite(ratio) & (ratio > 0.5) & (ratio < 2) & (stored.abs() > SCALE_FLOOR)
+    return replace(found.grid, scales=torch.where(sound, stored, old).float())
+
+
+def _sweep(
+    w: Tensor, h: Tensor, order: Tensor, form: GridFormat, grid: Grid, group: int, start: Tensor
+) -> Tensor:
+    """Move each code in turn to where the error of the output is least, the others fixed."""
+    result = start[:, order].clone()
+    ordered = h[order][:, order]
+    slope = (w[:, order] - result) @ ordered
+    columns = order.tolist()
+    for first in range(0, len(columns), _BLOCK):
+        stop = min(first + _BLOCK, len(columns))
+        moves = torch.zeros(len(w), stop - first, device=w.device)
+        for at in range(first, stop):
+            curvature = ordered[at, at]
+            wanted = result[:, at] + slope[:, at] / curvature
+            rounded = form.quantize_columns(wanted[:, None], grid, group, columns[at])[:, 0]
+            move = rounded - result[:, at]
+            gain = move * (2 * slope[:, at] - move * curvature)
+            worth = gain > _SMALLEST_GAIN * curvature * rounded.square()
+            move = torch.where(worth, move, torch.zeros_like(move))
+            result[:, at] = torch.where(worth, rounded, result[:, at])
+            slope[:, at:stop].addr_(move, ordered[at, at:stop], alpha=-1)
+            moves[:, at - first] = move
+        slope[:, stop:].addmm_(moves, ordered[first:stop, stop:], alpha=-1)
+    back = torch.empty_like(result)
+    back[:, order] = result
+    return back
