@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from exported import Exported, dynamic, export
 from torch import Tensor, nn
 
 import mopt.ops as ops
+from tests.backends.onnx.exported import Exported, dynamic, export
 
 # Float32 sums of up to 300 products, added up in another order.
 FLOAT_TOLERANCE = 1e-6

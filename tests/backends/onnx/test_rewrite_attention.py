@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
-from exported import dynamic, export
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from tests.backends.onnx.exported import dynamic, export
 
 # Float32 softmax and sums in another order.
 TOLERANCE = 2e-6

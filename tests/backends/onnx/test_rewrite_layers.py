@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from exported import dynamic, export, quantize_linears
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+
+from tests.backends.onnx.exported import dynamic, export, quantize_linears
 
 TOLERANCE = 2e-6
 SHAPES = dynamic({0: "batch", 1: "length"})
