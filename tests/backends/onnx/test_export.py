@@ -118,7 +118,7 @@ def test_names_of_inputs_and_outputs_can_be_chosen() -> None:
 _HASH = """
 import hashlib, sys
 sys.path.insert(0, sys.argv[1])
-import test_export
+from tests.backends.onnx import test_export
 content = test_export.export(test_export.language(), (test_export.TOKENS,), test_export.SHAPES)
 print(hashlib.sha256(content.serialized).hexdigest())
 """
@@ -127,7 +127,7 @@ print(hashlib.sha256(content.serialized).hexdigest())
 def test_two_processes_write_the_same_bytes_and_print_nothing(tmp_path: Path) -> None:
     here = hashlib.sha256(export(language(), (TOKENS,), SHAPES).serialized).hexdigest()
     there = subprocess.run(
-        [sys.executable, "-c", _HASH, str(Path(__file__).parent)],
+        [sys.executable, "-c", _HASH, str(Path(__file__).parents[3])],
         cwd=tmp_path,
         env={**os.environ, "PYTHONHASHSEED": "7"},
         capture_output=True,
