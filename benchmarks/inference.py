@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import torch
 
 import mopt
 from mopt import models
-from mopt.backends.onnx.lower import BACKEND, MODEL
+from mopt.backends.onnx.lower import MODEL
+from mopt.backends.onnx.options import SESSION_CONFIG
 from mopt.calibration import Calibration
 from mopt.inputs import resized
 from mopt.lowering import lower, signature_of
@@ -150,16 +152,18 @@ def builders(
         return build
 
     def onnx_candidate(label: str, folder: Path) -> Candidate:
-        from mopt.backends.onnx.session import open_session
-
         files = [p for p in folder.iterdir() if p.name.startswith("model.onnx")]
         found = Candidate(label, size_bytes=sum(p.stat().st_size for p in files))
-        session = open_session(folder / MODEL, threads=threads)
+        config = SESSION_CONFIG if label.startswith("mopt") else {}
         arrays = [t.numpy() for t in signature_of(program).flatten(program.args, program.kwargs)]
-        found.outputs = session.run(arrays)
-        session.close()
+        session = ort.InferenceSession(folder / MODEL, session_options(config, threads))
+        names = [value.name for value in session.get_inputs()]
+        found.outputs = session.run(None, dict(zip(names, arrays, strict=True)))
         for batch, path in inputs.items():
-            found.commands[batch] = BACKEND.bench_command(folder, path, threads=threads)
+            found.commands[batch] = [
+                sys.executable, "-c", _ORT_CHILD, str(folder / MODEL), str(path), str(threads),
+                json.dumps(config),
+            ]  # fmt: skip
         return found
 
     plain = scratch / "plain"
@@ -182,7 +186,7 @@ def builders(
         def build_peer(peer: str = peer, make: Any = make) -> Candidate:
             folder = scratch / peer.replace(" ", "-")
             folder.mkdir()
-            make(plain / MODEL, folder / MODEL, program, calibration)
+            make(for_peers(plain / MODEL), folder / MODEL, program, calibration)
             return onnx_candidate(peer, folder)
 
         yield labelled(peer, build_peer)
@@ -200,6 +204,18 @@ def plain_export(program: mopt.Program, folder: Path) -> Path:
         str(folder / MODEL)
     )
     return folder
+
+
+def for_peers(source: Path) -> Path:
+    """The plain export without its stored shapes, on which ONNX Runtime's quantizers stumble."""
+    import onnx
+
+    target = source.with_name("for-peers.onnx")
+    if not target.exists():
+        model = onnx.load(source)
+        del model.graph.value_info[:]
+        onnx.save(model, target)
+    return target
 
 
 def _dynamic(per_channel: bool) -> Callable[..., None]:
@@ -254,6 +270,36 @@ PEERS: dict[str, Callable[..., None]] = {
     "ORT MatMulNBits int4": _nbits(4),
     "ORT MatMulNBits int8": _nbits(8),
 }
+
+
+def session_options(config: dict[str, str], threads: int) -> ort.SessionOptions:
+    """ONNX Runtime's defaults, with the entries that mopt sets for its own models."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    for key, value in config.items():
+        options.add_session_config_entry(key, value)
+    return options
+
+
+# The same loop for mopt's models and for its peers'; only the session's options differ.
+_ORT_CHILD = """
+import json, sys
+import onnxruntime as ort
+from mopt.bench_loop import run_bench
+from mopt.npz_files import read_npz
+model, path, threads, config = sys.argv[1:]
+inputs = read_npz(path)
+def load():
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = int(threads)
+    options.log_severity_level = 3
+    for key, value in json.loads(config).items():
+        options.add_session_config_entry(key, value)
+    session = ort.InferenceSession(model, options)
+    return lambda: session.run(None, inputs)
+print(run_bench(load))
+"""
 
 _TORCH_CHILD = """
 import sys, torch
