@@ -27,11 +27,22 @@ _F = 4
 
 @dataclass(frozen=True)
 class Amount:
-    """Operations, and bytes of weights and of activations, each read or written once."""
+    """Operations, bytes of weights, inputs and outputs, each moved once, and pieces.
+
+    Pieces are what else costs time once each: the rows of a norm, the scores of an attention, the
+    blocks of a weight, the steps of a recurrence.
+    """
 
     flops: float
     weight_bytes: float
-    activation_bytes: float
+    input_bytes: float
+    output_bytes: float
+    pieces: float = 0.0
+
+    @property
+    def activation_bytes(self) -> float:
+        """Inputs and outputs."""
+        return self.input_bytes + self.output_bytes
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,10 @@ def _round(value: float, multiple: int) -> int:
     return max(multiple, round(value / multiple) * multiple)
 
 
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
 def _nice(value: float) -> int:
     """A size as models have them: a multiple of 8, of 64 when large."""
     return _round(value, 64 if value > 400 else 8)
@@ -68,16 +83,19 @@ def _nice(value: float) -> int:
 # ---- linear
 
 
-def _linear_amount(weight_bytes: float) -> Callable[[Dims], Amount]:
+def _linear_amount(
+    weight_bytes: float, input_bytes: float, tile_rows: int
+) -> Callable[[Dims], Amount]:
     def amount(dims: Dims) -> Amount:
         rows, outputs, inputs = dims[:3]
-        scales = 0.0
-        if len(dims) > 3:
-            scales = _F * outputs * math.ceil(inputs / dims[3])
+        blocks = math.ceil(inputs / dims[3]) if len(dims) > 3 else 0
         return Amount(
-            2.0 * rows * outputs * inputs,
-            weight_bytes * outputs * inputs + scales,
-            _F * rows * (outputs + inputs),
+            # Kernels compute whole tiles.
+            2.0 * _up(rows, tile_rows) * _up(outputs, 16) * inputs,
+            weight_bytes * outputs * inputs + _F * outputs * blocks,
+            input_bytes * rows * inputs,
+            _F * rows * outputs,
+            float(rows * outputs * blocks),
         )
 
     return amount
@@ -94,8 +112,8 @@ def _draw_linear(values: tuple[float, ...]) -> Dims:
     rows, outputs, inputs = values[:3]
     # A third of the probes has one row; the others go up by octaves.
     count = 1 if rows < 0 else round(2**rows)
-    most = 2**31 / (count * 2.0**outputs * 2.0**inputs)
-    if most < 1:  # about 15 ms on a core; smaller ones tell as much
+    most = 2**28 / (count * 2.0**outputs * 2.0**inputs)
+    if most < 1:  # some milliseconds on a core: larger ones tell no more
         count = max(1, int(count * most))
     sizes = (count, _nice(2**outputs), _nice(2**inputs))
     return (*sizes, 2 ** round(values[3])) if len(values) > 3 else sizes
@@ -104,12 +122,13 @@ def _draw_linear(values: tuple[float, ...]) -> Dims:
 _LINEAR_BOX = ((-4.0, 10.5), (5.0, 12.3), (5.0, 12.3))
 
 
-def _linear(name: str, share: float, weight_bytes: float, fmt: str, blocks: bool = False) -> Family:
+def _linear(
+    name: str, share: float, weight_bytes: float, fmt: str, *, blocks: bool = False,
+    codes: int = _F, tile: int = 1,
+) -> Family:  # fmt: skip
     box = (*_LINEAR_BOX, (4.0, 7.0)) if blocks else _LINEAR_BOX
-    return Family(
-        name, "linear", _linear_amount(weight_bytes), _linear_features, box, _draw_linear, share,
-        fmt,
-    )  # fmt: skip
+    amount = _linear_amount(weight_bytes, codes, tile)
+    return Family(name, "linear", amount, _linear_features, box, _draw_linear, share, fmt)
 
 
 # ---- products of activations, attention
@@ -117,20 +136,28 @@ def _linear(name: str, share: float, weight_bytes: float, fmt: str, blocks: bool
 
 def _matmul_amount(dims: Dims) -> Amount:
     batches, rows, columns, inner = dims
-    values = batches * (rows * inner + inner * columns + rows * columns)
-    return Amount(2.0 * batches * rows * columns * inner, 0.0, _F * values)
+    return Amount(
+        2.0 * batches * rows * columns * inner,
+        _F * batches * inner * columns,
+        _F * batches * rows * inner,
+        _F * batches * rows * columns,
+        batches,
+    )
 
 
 def _draw_matmul(values: tuple[float, ...]) -> Dims:
     batches, rows, columns, inner = (2**v for v in values)
-    most = min(1.0, 2**29 / (batches * rows * columns * inner))
+    most = min(1.0, 2**28 / (batches * rows * columns * inner))
     return max(1, round(batches * most)), round(rows), _round(columns, 4), _round(inner, 8)
 
 
 def _attention_amount(dims: Dims) -> Amount:
     batch, heads, queries, keys, width = dims
-    values = batch * heads * width * (2 * queries + 2 * keys)
-    return Amount(4.0 * batch * heads * queries * keys * width, 0.0, _F * values)
+    values = _F * batch * heads * width
+    scores = batch * heads * queries * keys
+    return Amount(
+        4.0 * scores * width, values * 2 * keys, values * queries, values * queries, scores
+    )
 
 
 def _attention_features(dims: Dims) -> tuple[float, ...]:
@@ -170,7 +197,9 @@ def _convolution_amount(weight_bytes: float, value_bytes: float) -> Callable[[Di
         return Amount(
             2.0 * places * inputs * outputs * groups * kernel,
             weight_bytes * inputs * outputs * groups * kernel,
-            value_bytes * (read + places * outputs * groups),
+            value_bytes * read,
+            value_bytes * places * outputs * groups,
+            places * inputs * groups * kernel / 64,
         )
 
     return amount
@@ -196,7 +225,7 @@ def _sized(values: tuple[float, ...], most_work: float) -> tuple[int, int, int, 
 
 
 def _draw_convolution(values: tuple[float, ...]) -> Dims:
-    inputs, outputs, side, taps = _sized(values, 1.5e9)
+    inputs, outputs, side, taps = _sized(values, 5e8)
     if values[0] < 2.5:  # the first layer of a network reads one or three channels
         inputs = 3
     stride = 2 if values[4] > 0.7 else 1
@@ -234,7 +263,10 @@ def _draw_transposed(values: tuple[float, ...]) -> Dims:
 def _rows_amount(flops: float, passes: float) -> Callable[[Dims], Amount]:
     def amount(dims: Dims) -> Amount:
         values = float(math.prod(dims))
-        return Amount(flops * values, 0.0, _F * passes * values)
+        return Amount(
+            flops * values, 0.0, _F * max(passes - 1, 0) * values, _F * values,
+            dims[0] if len(dims) > 1 else 0.0,
+        )  # fmt: skip
 
     return amount
 
@@ -275,7 +307,7 @@ def _rows(name: str, kind: str, flops: float, passes: float, share: float = 1.0)
 def _pool_amount(dims: Dims) -> Amount:
     channels, size, kernel, stride = dims
     values = float(channels * size * size)
-    return Amount(values * kernel**2, 0.0, _F * values * (1 + stride**2))
+    return Amount(values * kernel**2, 0.0, _F * values * stride**2, _F * values, channels)
 
 
 def _draw_pool(values: tuple[float, ...]) -> Dims:
@@ -283,14 +315,25 @@ def _draw_pool(values: tuple[float, ...]) -> Dims:
     return channels, size, (2, 3)[int(values[2])], 1
 
 
+def _resize_amount(dims: Dims) -> Amount:
+    channels, size = dims
+    values = float(channels * size**2)
+    return Amount(0.0, 0.0, values, _F * values)
+
+
 def _recurrent_amount(gates: int) -> Callable[[Dims], Amount]:
     def amount(dims: Dims) -> Amount:
         steps, batch, inputs, hidden, directions = dims
         weights = float(directions * gates * hidden * (inputs + hidden))
-        values = steps * batch * (inputs + directions * hidden)
         # The recurrent weights are read again in every step.
         again = directions * gates * hidden * hidden * (steps - 1)
-        return Amount(2 * steps * batch * weights, _F * (weights + again), _F * values)
+        return Amount(
+            2 * steps * batch * weights,
+            _F * (weights + again),
+            _F * steps * batch * inputs,
+            _F * steps * batch * directions * hidden,
+            steps * directions,
+        )
 
     return amount
 
@@ -312,9 +355,9 @@ def _recurrent(name: str, gates: int, share: float) -> Family:
 _CONV_BOX = ((2.0, 9.3), (4.0, 9.3), (1.5, 7.0), (0.0, 3.99), (0.0, 1.0))
 _FAMILIES = (
     _linear("linear.fp32", 8, 4, "fp32"),
-    _linear("linear.int8-dynamic", 7, 1, "int8-dynamic"),
-    _linear("linear.int8-shared", 4, 1, "int8-dynamic"),
-    _linear("linear.int8-static", 3, 1, "int8-qdq"),
+    _linear("linear.int8-dynamic", 7, 1, "int8-dynamic", tile=16),
+    _linear("linear.int8-shared", 4, 1, "int8-dynamic", codes=1, tile=16),
+    _linear("linear.int8-static", 3, 1, "int8-qdq", codes=1, tile=16),
     _linear("linear.int4-blocks", 7, 0.5, "int4-g32", blocks=True),
     _linear("linear.int8-blocks", 5, 1, "int8-g128", blocks=True),
     _linear("linear.int2-blocks", 2, 0.25, "int2-g32", blocks=True),
@@ -366,6 +409,7 @@ _FAMILIES = (
     _rows("softmax.last", "softmax", 10, 2, 1),
     _rows("pointwise.row", "pointwise", 1, 2, 0.7),
     _rows("pointwise.column", "pointwise", 1, 2, 0.7),
+    _rows("pointwise.rotary", "pointwise", 3, 2, 0.7),
     _rows("reduce.mean", "reduce", 1, 1, 0.7),
     _rows("move.transpose-last", "move", 0, 2, 0.8),
     _rows("move.concat", "move", 0, 2, 0.7),
@@ -390,8 +434,8 @@ _FAMILIES = (
         lambda v: (round(2 ** v[0]), max(1, round(2 ** v[1])), _nice(2 ** v[2])), 1,
     ),
     Family(
-        "move.resize", "move", lambda d: Amount(0, 0, _F * 1.25 * d[0] * d[1] ** 2), _logs,
-        ((3.0, 8.0), (2.0, 6.5)), lambda v: (_nice(2 ** v[0]), _round(2 ** v[1], 2)), 0.6,
+        "move.resize", "move", _resize_amount, _logs, ((3.0, 8.0), (2.0, 6.5)),
+        lambda v: (_nice(2 ** v[0]), _round(2 ** v[1], 2)), 0.6,
     ),
     Family(
         "pool.max", "pool", _pool_amount, _logs,

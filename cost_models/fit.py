@@ -1,25 +1,25 @@
 """Turn timings of a family into a function of its sizes: a roofline, and what is left over.
 
-The time is ``roofline(sizes) * exp(rest(features))``. The roofline has four numbers, the rate, the
-bandwidth, the launch overhead and how far computing and moving overlap, found by least squares on
-logarithms with a pull towards the values of the processor's class. The rest is a Gaussian process
-over the logarithms of the sizes: it goes through the timings as far as their noise allows, returns
-to the roofline away from them, and says how sure it is.
+The time is ``roofline(sizes) * exp(rest(features))``. The roofline has seven numbers (``Rates``),
+found by least squares on logarithms with a pull towards the values of the processor's class. The
+rest is a Gaussian process over the logarithms of the sizes: it goes through the timings as far as
+their noise allows, returns to the roofline away from them, and says how sure it is.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, replace
 
 import numpy as np
 
 from mopt.cost_models.families import Dims, Family
+from mopt.device_calibration import FamilyFit, Point, Rates
 
-# Logarithm of rate (op/s), bandwidth (B/s), launch (s) and overlap: how far each may stray from
-# what the class of processor suggests before it costs as much as being wrong by one.
-_PULL = np.array([2.0, 2.0, 2.0, 0.4])
+# By logarithm, in the order of ``Rates``: how far each may stray from what the class of processor
+# suggests before it costs as much as being wrong by one.
+_PULL = np.array([2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 0.3])
 _HUBER = 0.25
 _LEAST_NOISE = 0.015
 # An operator timed on a busy machine is that much less certain.
@@ -30,34 +30,19 @@ _LEAST_SIGNAL, _MOST_SIGNAL = 0.02, 1.5
 _LENGTHS = (0.4, 20.0)
 
 
-@dataclass(frozen=True)
-class Point:
-    """One timing: ``noise`` is its standard error as a share of the time."""
+def roofline_seconds(rates: Rates, amounts: np.ndarray) -> np.ndarray:
+    """The times of several pieces of work, one in each row (see ``as_rows``)."""
+    speeds = (rates.operations, rates.weights, rates.inputs, rates.outputs, rates.pieces)
+    terms = amounts / np.array(speeds)
+    # Scaled by the largest term: a power of nanoseconds would underflow.
+    top = np.maximum(terms.max(1, keepdims=True), 1e-12)
+    busy = top[:, 0] * ((terms / top) ** rates.overlap).sum(1) ** (1 / rates.overlap)
+    return np.asarray(rates.launch + busy)
 
-    dims: Dims
-    microseconds: float
-    noise: float
 
-
-@dataclass(frozen=True)
-class FamilyFit:
-    """What was found for one family.
-
-    ``roofline`` is (op/s, B/s, launch in s, overlap); ``lengths`` (in octaves), ``signal`` and
-    ``noise`` describe the Gaussian process; ``inflation`` makes its bands hold on held-out timings.
-    ``median_error`` and ``error_90`` are of timings that were left out of the fit (|log ratio|);
-    NaN where there are too few to leave any out.
-    """
-
-    family: str
-    roofline: tuple[float, float, float, float]
-    lengths: tuple[float, ...]
-    signal: float
-    noise: float
-    inflation: float
-    points: tuple[Point, ...]
-    median_error: float = math.nan
-    error_90: float = math.nan
+def as_rows(family: Family, dims: Sequence[Dims]) -> np.ndarray:
+    """The amounts of work of some sizes, as ``roofline_seconds`` takes them."""
+    return np.array([astuple(family.amount(d)) for d in dims], dtype=float)
 
 
 class Predictor:
@@ -90,18 +75,20 @@ class Predictor:
 
 
 def fit_family(
-    family: Family, points: Sequence[Point], guess: tuple[float, float, float, float]
-) -> FamilyFit:
-    """The fit to all points, with the error that fits to parts of them have on the others.
+    family: Family, points: Sequence[Point], guess: Rates
+) -> tuple[FamilyFit, list[float]]:
+    """The fit to all points, and the errors (|log ratio|) that fits to some have on the others.
 
-    ``guess`` is the roofline of the processor's class, used where the points say nothing.
+    ``guess`` is the roofline of the processor's class, used where the points say nothing. Every
+    part of the fit, the smoothness included, is found anew without the points it is tried on.
     """
     points = tuple(points)
     whole = _fit(family, points, guess)
     folds = min(_FOLDS, len(points))
     if folds < 4:
-        return replace(whole, inflation=2.0)
-    errors, scaled = [], []
+        return replace(whole, inflation=2.0), []
+    errors: list[float] = []
+    scaled: list[float] = []
     for fold in range(folds):
         kept = [p for i, p in enumerate(points) if i % folds != fold]
         left_out = [p for i, p in enumerate(points) if i % folds == fold]
@@ -111,29 +98,17 @@ def fit_family(
         errors.extend(wrong)
         scaled.extend(wrong / sure)
     inflation = float(np.quantile(scaled, 0.9)) / _QUANTILE_90
-    return replace(
+    fit = replace(
         whole,
         inflation=min(max(inflation, 0.7), 4.0),
         median_error=float(np.median(errors)),
         error_90=float(np.quantile(errors, 0.9)),
     )
-
-
-def roofline_seconds(
-    family: Family, roofline: tuple[float, float, float, float], dims: Dims
-) -> float:
-    """The time that the roofline alone gives."""
-    rate, bandwidth, launch, overlap = roofline
-    amount = family.amount(dims)
-    compute = amount.flops / rate
-    moving = (amount.weight_bytes + amount.activation_bytes) / bandwidth
-    top = max(compute, moving, 1e-12)
-    busy = top * ((compute / top) ** overlap + (moving / top) ** overlap) ** (1 / overlap)
-    return launch + busy
+    return fit, errors
 
 
 def _log_roofline(family: Family, fit: FamilyFit, dims: Sequence[Dims]) -> np.ndarray:
-    return np.log([roofline_seconds(family, fit.roofline, d) for d in dims])
+    return np.log(roofline_seconds(fit.rates, as_rows(family, dims)))
 
 
 def _features(family: Family, dims: Sequence[Dims]) -> np.ndarray:
@@ -143,32 +118,24 @@ def _features(family: Family, dims: Sequence[Dims]) -> np.ndarray:
 # ---- least squares
 
 
-def _fit(
-    family: Family, points: Sequence[Point], guess: tuple[float, float, float, float]
-) -> FamilyFit:
-    roofline = _fit_roofline(family, points, guess)
+def _fit(family: Family, points: Sequence[Point], guess: Rates) -> FamilyFit:
+    rates = _fit_roofline(family, points, guess)
     dims = [p.dims for p in points]
-    rest = np.log([1e-6 * p.microseconds for p in points]) - np.log(
-        [roofline_seconds(family, roofline, d) for d in dims]
-    )
+    times = 1e-6 * np.array([p.microseconds for p in points])
+    rest = np.log(times / roofline_seconds(rates, as_rows(family, dims)))
     own = np.array([p.noise for p in points])
     lengths, signal, noise = _fit_process(_features(family, dims), rest, own)
-    return FamilyFit(family.name, roofline, lengths, signal, noise, 1.0, tuple(points))
+    return FamilyFit(family.name, rates, lengths, signal, noise, 1.0, tuple(points))
 
 
-def _fit_roofline(
-    family: Family, points: Sequence[Point], guess: tuple[float, float, float, float]
-) -> tuple[float, float, float, float]:
+def _fit_roofline(family: Family, points: Sequence[Point], guess: Rates) -> Rates:
     """Levenberg-Marquardt on the logarithms, with Huber weights and the pull to the guess."""
-    start = np.log(guess)
-    dims = [p.dims for p in points]
+    start = np.log(astuple(guess))
+    amounts = as_rows(family, [p.dims for p in points])
     target = np.log([1e-6 * p.microseconds for p in points])
 
     def errors(theta: np.ndarray) -> np.ndarray:
-        rate, bandwidth, launch, overlap = np.exp(theta)
-        overlap = max(overlap, 1.0)
-        found = [roofline_seconds(family, (rate, bandwidth, launch, overlap), d) for d in dims]
-        return np.asarray(target - np.log(found))
+        return np.asarray(target - np.log(roofline_seconds(_rates(theta), amounts)))
 
     def loss(theta: np.ndarray) -> float:
         size = np.abs(errors(theta))
@@ -180,7 +147,7 @@ def _fit_roofline(
     for _ in range(40):
         wrong = errors(theta)
         slopes = np.stack(
-            [(errors(theta + 1e-4 * step) - wrong) / 1e-4 for step in np.eye(4)], axis=1
+            [(errors(theta + 1e-4 * step) - wrong) / 1e-4 for step in np.eye(len(theta))], axis=1
         )
         weight = np.minimum(1.0, _HUBER / np.maximum(np.abs(wrong), 1e-9))
         pull = _HUBER**2 / _PULL**2
@@ -197,8 +164,12 @@ def _fit_roofline(
             damping *= 4
             if damping > 1e6:
                 break
-    rate, bandwidth, launch, overlap = (float(v) for v in np.exp(theta))
-    return rate, bandwidth, launch, max(overlap, 1.0)
+    return _rates(theta)
+
+
+def _rates(theta: np.ndarray) -> Rates:
+    *rates, overlap = (float(value) for value in np.exp(theta))
+    return Rates(*rates, max(overlap, 1.0))
 
 
 # ---- the Gaussian process

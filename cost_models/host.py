@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mopt.cost_models.runtime import session_settings
 from mopt.device import DeviceProfile, find_device
 from mopt.device_file import SCHEMA
 from mopt.machine import machine_fingerprint
@@ -63,10 +64,23 @@ def host_profile(*, calibrate: bool = False, progress: Progress | None = None) -
 
         return replace(read_device(path), is_host=True)
     if calibrate:
-        from mopt.cost_models.calibrate import calibrate_host
+        from mopt.cost_models.calibrate import calibrate as measure
 
-        return calibrate_host(seconds=BRIEF_SECONDS, progress=progress)
+        profile = measure(BRIEF_SECONDS, progress=progress)
+        store_profile(profile)
+        return profile
     return replace(class_profile(), id="host")
+
+
+def store_profile(profile: DeviceProfile) -> Path:
+    """Keep a calibration of this machine for ``host``; where it is kept."""
+    from mopt.device_text import device_toml
+    from mopt.files import write_file_atomic
+
+    path = calibration_path()
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_file_atomic(path, device_toml(profile).encode())
+    return path
 
 
 def calibration_path() -> Path:
@@ -74,6 +88,7 @@ def calibration_path() -> Path:
     from platformdirs import user_cache_path
 
     machine = machine_fingerprint()
-    facts = {key: machine[key] for key in ("cpu", "isa", "cores", "quota", "threads", "versions")}
+    facts = {key: machine[key] for key in ("cpu", "isa", "cores", "quota", "versions")}
+    facts["session"] = session_settings()
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return user_cache_path("mopt") / f"devices-v{SCHEMA}" / f"host-{digest}.toml"

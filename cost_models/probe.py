@@ -24,6 +24,7 @@ from mopt.cost import Work
 from mopt.cost_models.families import Family, families
 from mopt.cost_models.probe_child import LEAST_QUIET
 from mopt.cost_models.roofline import Roofline
+from mopt.device_calibration import CallOverhead
 from mopt.json_files import parse_json
 
 Dims = tuple[int, ...]
@@ -71,15 +72,16 @@ class Sample:
 class ProbeRun:
     """All samples of a session, and how quiet the machine was.
 
-    ``drift`` is the share of timings discarded, ``quiet`` the share of runs that never waited for a
-    processor. ``run_us`` and ``tap_us`` are what a run and a tap take without any operator.
+    ``disturbed`` is the share of timings discarded, ``quiet`` the share of runs that never waited
+    for a processor. ``tap_us`` is what an operator takes that does nearly nothing, ``call`` what a
+    call of a session takes besides its operators.
     """
 
     samples: tuple[Sample, ...]
-    drift: float
+    disturbed: float
     quiet: float
-    run_us: float
     tap_us: float
+    call: CallOverhead
     seconds: float
 
 
@@ -188,6 +190,7 @@ class _Session:
         self._order = order
         self._taken = [0] * len(self._probes)
         self._found: list[list[_Timing]] = [[] for _ in self._probes]
+        self._calls: list[CallOverhead] = []
 
     def next_chunk(self, rounds: int) -> list[int]:
         """Probes to time next: those timed least often first, in random order."""
@@ -220,7 +223,9 @@ class _Session:
             path.write_text(json.dumps(job))
             command = [sys.executable, "-P", "-m", "mopt.cost_models.probe_child", str(path)]
             child = run_child(command, label="timing operators", timeout=_CHILD_TIMEOUT)
-        for block in parse_json(child.stdout.strip(), name="the timing process")["blocks"]:
+        answer = parse_json(child.stdout.strip(), name="the timing process")
+        self._calls.append(CallOverhead(**answer["call"]))
+        for block in answer["blocks"]:
             sentinel = max(block["before"], block["after"])
             for entry in block["probes"]:
                 at = entry.pop("at")
@@ -237,6 +242,16 @@ class _Session:
     def _best_sentinel(self) -> float:
         seen = sorted(timing.sentinel for timings in self._found for timing in timings)
         return seen[len(seen) // 10] if seen else math.inf
+
+    def _call(self, run_us: float) -> CallOverhead:
+        """The least of each part, since whatever disturbs makes it larger, and a bare run."""
+        if not self._calls:
+            return CallOverhead()
+        return CallOverhead(
+            run_us + min(call.call_us for call in self._calls),
+            min(call.input_us for call in self._calls),
+            max(call.output_bytes_per_us for call in self._calls),
+        )
 
     def result(self, seconds: float) -> ProbeRun:
         limit = self._best_sentinel() * _DRIFT
@@ -258,4 +273,6 @@ class _Session:
         timings = [timing for found in self._found for timing in found]
         slow = sum(not timing.is_good(limit) for timing in timings)
         quiet = sum(t.quiet for t in timings) / max(sum(t.runs for t in timings), 1)
-        return ProbeRun(tuple(samples), slow / max(len(timings), 1), quiet, run, tap, seconds)
+        return ProbeRun(
+            tuple(samples), slow / max(len(timings), 1), quiet, tap, self._call(run), seconds
+        )  # fmt: skip

@@ -13,12 +13,16 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
 
 from mopt.bench_loop import die_with_parent
+from mopt.cost_models.probe_models import ProbeModel
 from mopt.cost_models.probe_operators import build_probe
 from mopt.cost_models.runtime import session_options
 from mopt.json_files import read_json
@@ -33,6 +37,7 @@ LEAST_QUIET = 3
 _MOST_RUNS = 300
 # Share of a run that the process must have had of the processors it may use.
 _UNDISTURBED = 0.93
+_CALL_VALUES = 1 << 19
 
 
 def main(job_path: str) -> int:
@@ -55,7 +60,7 @@ def main(job_path: str) -> int:
         blocks.append({"before": before["us"], "after": sentinel["us"], "probes": found})
         if time.monotonic() > end:
             break
-    print(json.dumps({"blocks": blocks}))
+    print(json.dumps({"blocks": blocks, "call": _time_calls(job)}))
     return 0
 
 
@@ -98,12 +103,17 @@ def _load(
     session = ort.InferenceSession(
         model, session_options(job["threads"]), providers=["CPUExecutionProvider"]
     )
+    return session, _bind(session, inputs), taps
+
+
+def _bind(session: Any, inputs: dict[str, Any]) -> Any:
+    """Inputs given once, so that a run takes no time for them."""
     binding = session.io_binding()
     for name, value in inputs.items():
         binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value))
     for output in session.get_outputs():
         binding.bind_output(output.name)
-    return session, binding, taps
+    return binding
 
 
 def _warm_up(session: Any, binding: Any) -> float:
@@ -143,6 +153,49 @@ def _time_runs(
     return times, disturbed
 
 
+def _time_calls(job: dict[str, Any]) -> dict[str, float]:
+    """What a call takes besides its operators: in all, per input, and to copy its outputs."""
+    one, nine = _time_call(1, 1, job), _time_call(9, 1, job)
+    copying = _time_call(1, _CALL_VALUES, job) - one
+    per_input = max((nine - one) / 8, 0.0)
+    return {
+        "call_us": max(one - per_input, 0.0),
+        "input_us": per_input,
+        "output_bytes_per_us": 4 * _CALL_VALUES / max(copying, 1.0),
+    }
+
+
+def _time_call(inputs: int, values: int, job: dict[str, Any]) -> float:
+    """Microseconds that a call through the backend's runner takes more than a bare run."""
+    runner_type = import_module("mopt.backends.onnx.runner").OnnxRunner
+    model = ProbeModel(1)
+    names = [model.give(values if i == 0 else 1) for i in range(inputs)]
+    for name in names[1:]:
+        model.tap(name, 1)
+    if inputs > 1:
+        built = model.finish()
+    else:
+        built = model.finish(model.add("Relu", names[0]))
+    session = ort.InferenceSession(
+        built, session_options(job["threads"]), providers=["CPUExecutionProvider"]
+    )
+    runner = runner_type(session, "probe", [])
+    arrays = [model.inputs[name] for name in names]
+    binding = _bind(session, model.inputs)
+    called = _least(lambda: runner.run(arrays))
+    return called - _least(lambda: session.run_with_iobinding(binding))
+
+
+def _least(call: Callable[[], Any]) -> float:
+    times = []
+    for _ in range(60):
+        start = time.perf_counter_ns()
+        call()
+        times.append(time.perf_counter_ns() - start)
+    # Not the very least: a call that found everything in cache is not a usual one.
+    return sorted(times)[len(times) // 5] / 1e3
+
+
 def _tasks() -> list[str]:
     if not Path("/proc/self/schedstat").exists():
         return []
@@ -151,7 +204,11 @@ def _tasks() -> list[str]:
 
 def _waited(files: list[int]) -> int:
     """Nanoseconds that the threads of this process waited for a processor so far."""
-    return sum(int(os.pread(fd, 64, 0).split()[1]) for fd in files)
+    waited = 0
+    for fd in files:
+        with suppress(ProcessLookupError):  # a thread of a session before, on its way out
+            waited += int(os.pread(fd, 64, 0).split()[1])
+    return waited
 
 
 if __name__ == "__main__":

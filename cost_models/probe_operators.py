@@ -292,6 +292,19 @@ def _where(model: ProbeModel, dims: Dims) -> bytes:
     return model.finish(value)
 
 
+@builds("pointwise.rotary")
+def _rotary(model: ProbeModel, dims: Dims) -> bytes:
+    rows, width = dims
+    heads = max(width // 64, 1)
+    half = width // heads // 2
+    positions = model.constant(np.arange(rows, dtype=np.int64)[None])
+    tables = [model.store(rows, half) for _ in range(2)]
+    return _chain(
+        model, (1, rows, heads * half * 2), "RotaryEmbedding", positions, *tables,
+        domain=MICROSOFT, num_heads=heads, rotary_embedding_dim=0 if heads == 1 else half * 2,
+    )  # fmt: skip
+
+
 @builds("move.cast")
 def _cast(model: ProbeModel, dims: Dims) -> bytes:
     for _ in range(model.copies):

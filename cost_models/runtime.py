@@ -27,6 +27,15 @@ def session_options(threads: int | None) -> Any:
     return options
 
 
+def runtime_errors() -> tuple[type[Exception], ...]:
+    """What loading or running a model may raise; the runtime's own errors have no common base."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile",
+             "NotImplemented", "RuntimeException")  # fmt: skip
+    return (*(getattr(state, name) for name in names), RuntimeError, ValueError)
+
+
 def runtime_version() -> str:
     """The version of ONNX Runtime."""
     return version("onnxruntime")

@@ -14,12 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from mopt.errors import UsageError, quote, unknown_name
 from mopt.quantity import Quantity
 
 if TYPE_CHECKING:
+    from mopt.device_calibration import Calibration
     from mopt.pass_base import Progress
 
 DEVICE_KINDS = ("cpu", "gpu", "npu", "mcu", "pim", "fpga", "hybrid")
@@ -104,8 +105,8 @@ class Processor:
 class DeviceProfile:
     """Everything known about a device.
 
-    ``calibration`` holds what ``mopt devices calibrate`` measured and fitted, as plain data that
-    ``mopt.cost_models`` reads; None for a device known from data sheets. ``backends`` are those
+    ``calibration`` holds what ``mopt devices calibrate`` measured and fitted, None for a device
+    known from data sheets. ``backends`` are those
     that can lower for it here. ``is_host`` tells whether it is the machine mopt runs on.
     """
 
@@ -123,7 +124,7 @@ class DeviceProfile:
     efficiency_class: str = ""
     power: Mapping[str, Quantity] = field(default_factory=dict)
     sustained: Quantity | None = None
-    calibration: Mapping[str, Any] | None = None
+    calibration: Calibration | None = None
     origin: str = ""
     is_host: bool = False
 
