@@ -1,0 +1,131 @@
+"""Move large activations into the weights before both are rounded to 8 bits (SmoothQuant)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mopt.formats.base import require_finite
+from mopt.formats.grid import min_max_grid
+from mopt.formats.int_rows import Int8Dynamic
+from mopt.observers import ChannelStatistics
+from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
+from mopt.passes.quantize._calibrated import NEEDS_DATA, visit_groups
+from mopt.passes.quantize._scales import find_edges_to_scale, scale_edge
+from mopt.program import Program
+from mopt.streaming import Stream
+
+_STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
+
+
+@register_pass("smooth-activations", numerics=Numerics.ROUNDING, tolerance=1e-4)
+@dataclass(frozen=True, kw_only=True)
+class SmoothActivations(Pass):
+    """Move large activations into the weights before both are rounded to 8 bits.
+
+    ## When to use
+    Before weights and activations are rounded to int8, for models whose activations have a few
+    channels that are much larger than the rest, as most language models' have.
+
+    ## Accuracy
+    Rounding: the function stays, factors are folded in float64 and rounded once. The factors are
+    those of SmoothQuant (Xiao et al. 2022): a^strength / w^(1 - strength), with a and w the
+    largest magnitudes of a channel in the activations and in all weights that read it. With
+    `strength = 0` every edge searches its own among 0.3 to 0.95 and no smoothing, for the least
+    error of its layers' outputs on up to `rows` rows of calibration data, rounded as they will be.
+
+    ## Limits
+    Factors go into a norm with a weight, or into the linear layer before (directly, through a
+    relu, through the product of a gate, or through attention whose heads each have their own
+    values). Other edges are left alone.
+
+    ## Example
+    gamma of a layer norm is divided by s, the columns of the layers behind it multiplied by s.
+    """
+
+    strength: float = option(0.0, min=0, max=1, help="0: search one per edge")
+    rows: int = option(512, min=1, help="rows of activations that the search compares on")
+
+    def requires(self, program: Program, ctx: PassContext) -> str | None:
+        return NEEDS_DATA if ctx.calibration is None else None
+
+    def run(self, program: Program, ctx: PassContext) -> PassResult:
+        assert ctx.calibration is not None
+        edges, skipped = find_edges_to_scale(program, self.selects)
+        for edge in edges:
+            for layer in edge.group.layers:
+                require_finite(program.weight(layer.weight), layer.path, layer.source)
+        if not edges:
+            return PassResult(changed=False, stats={"edges": 0}, skipped=skipped)
+        by_inputs = {edge.group.inputs: edge for edge in edges}
+        stream = Stream(program, ctx.calibration.for_part(program), ctx)
+        found: dict[str, Tensor] = {}
+        strengths: dict[str, float] = {}
+        for group, _ in visit_groups(program, stream, [edge.group for edge in edges]):
+            edge = by_inputs[group.inputs]
+            ctx.progress.step(len(strengths), len(edges), "edges")
+            ctx.check_time(f"smoothing the inputs of {edge.path}")
+            weights = [program.weight(layer.weight).float() for layer in group.layers]
+            values = stream.values(group.inputs[0])
+            strengths[edge.path], factors = self._search(values, weights)
+            if factors is not None:
+                found[edge.path] = factors
+            else:
+                skipped.append(Skip(edge.path, "no smoothing lowers the error of its outputs"))
+        for edge in edges:
+            if edge.path in found:
+                scale_edge(program, edge, found[edge.path])
+        stats = {"edges": len(found), "strength": strengths,
+                 "peak_activation_bytes": stream.peak_bytes}  # fmt: skip
+        return PassResult(changed=bool(found), stats=stats, skipped=skipped)
+
+    def _search(self, values: list[Tensor], weights: list[Tensor]) -> tuple[float, Tensor | None]:
+        """The best strength and its factors; strength 0 and None where none is better."""
+        seen = ChannelStatistics()
+        for value in values:
+            seen.add(value)
+        largest = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
+        if self.strength:
+            return self.strength, smoothing_factors(seen.largest, largest, self.strength)
+        share = max(1, self.rows // len(values))
+        rows = torch.cat([_spread(value, share) for value in values])
+        best, error = (0.0, None), rounded_error(rows, weights, torch.ones_like(largest))
+        for strength in _STRENGTHS:
+            factors = smoothing_factors(seen.largest, largest, strength)
+            tried = rounded_error(rows, weights, factors)
+            if tried < error:
+                best, error = (strength, factors), tried
+        return best
+
+
+def smoothing_factors(activations: Tensor, weights: Tensor, strength: float) -> Tensor:
+    """a^strength / w^(1 - strength) from the largest magnitudes per channel; float32, positive."""
+    a, w = activations.double().clamp(min=1e-5), weights.double().clamp(min=1e-5)
+    return (a.pow(strength) / w.pow(1 - strength)).clamp(min=1e-5).float()
+
+
+def rounded_error(rows: Tensor, weights: list[Tensor], factors: Tensor) -> float:
+    """Squared error of all outputs with activations and weights in int8 behind ``factors``.
+
+    Activations are rounded over one range for the whole of ``rows``, weights per output channel.
+    """
+    form = Int8Dynamic()
+    scaled = rows / factors
+    grid = min_max_grid(scaled.amin(), scaled.amax(), 8, symmetric=False)
+    assert grid.zero_points is not None
+    codes = (scaled / grid.scales).round() + grid.zero_points
+    activations = (codes.clamp(0, 255) - grid.zero_points) * grid.scales
+    total = 0.0
+    for weight in weights:
+        columns = weight * factors
+        rounded = form.quantize_columns(columns, form.grid(columns), columns.shape[1], 0)
+        total += float((activations @ rounded.t() - rows @ weight.t()).double().square().sum())
+    return total
+
+
+def _spread(value: Tensor, count: int) -> Tensor:
+    """``count`` rows of the last axis, evenly spread; all of them if there are no more."""
+    rows = value.reshape(-1, value.shape[-1]).float()
+    return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()]
