@@ -31,8 +31,8 @@ _ARITHMETIC: dict[str, Callable[..., int]] = {
     "Sub": lambda a, b: a - b,
     "Mul": lambda a, b: a * b,
     "Div": lambda a, b: abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1) if b else 0,
-    "Max": max,
-    "Min": min,
+    "Max": lambda *numbers: max(numbers),
+    "Min": lambda *numbers: min(numbers),
     "Equal": lambda a, b: int(a == b),
     "Where": lambda c, a, b: a if c else b,
 }
@@ -115,6 +115,8 @@ def computed(op: str, operands: Sequence[Sizes | None]) -> Sizes | None:
     length = max((len(row) for row in rows), default=0)
     uneven = any(len(row) not in (1, length) for row in rows)
     if op not in _ARITHMETIC or len(rows) < len(operands) or uneven:
+        return None
+    if op not in ("Max", "Min") and len(rows) != (3 if op == "Where" else 2):
         return None
     columns = zip(*(row * (length // len(row)) for row in rows), strict=True)
     return tuple(_compute(op, column) for column in columns)

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from onnx import AttributeProto, ModelProto, TensorProto, helper
 
-from mopt.errors import LimitError
-from tests.backends.onnx.hostile import GOOD, INT, attribute, check, edited, model, node, value
+from mopt.errors import LimitError, MoptError
+from tests.backends.onnx.hostile import (
+    GOOD,
+    INT,
+    STANDARD,
+    attribute,
+    check,
+    edited,
+    model,
+    node,
+    value,
+)
 
 
 def nested(depth: int) -> ModelProto:
@@ -206,3 +218,50 @@ FOLDABLE: dict[str, Callable[[], ModelProto]] = {
 @pytest.mark.parametrize("case", FOLDABLE, ids=lambda c: c)
 def test_what_exporters_write_may_fold(tmp_path: Path, case: str) -> None:
     assert check(tmp_path, FOLDABLE[case]()).may_fold
+
+
+def changed(given: ModelProto, rng: random.Random) -> ModelProto:
+    """The model with a few inputs, operators, attributes, sizes or contents exchanged."""
+    made = ModelProto()
+    made.CopyFrom(given)
+    graph = made.graph
+    names = [name for n in graph.node for name in n.output]
+    names += [tensor.name for tensor in graph.initializer] + [v.name for v in graph.input]
+    numbers = [-(2**62), -5, -1, 0, 1, 2, 7, 100, 10**6, 2**31, 2**62]
+    for _ in range(rng.randrange(1, 4)):
+        target = rng.choice(graph.node)
+        kind = rng.randrange(7)
+        if kind == 0 and target.input:
+            target.input[rng.randrange(len(target.input))] = rng.choice([*names, ""])
+        elif kind == 1:
+            target.op_type = rng.choice(STANDARD.split())
+        elif kind == 2 and target.attribute:
+            attribute = rng.choice(target.attribute)
+            if attribute.ints:
+                attribute.ints[rng.randrange(len(attribute.ints))] = rng.choice(numbers)
+            elif attribute.HasField("i"):
+                attribute.i = rng.choice(numbers)
+        elif kind == 3 and target.attribute:
+            del target.attribute[rng.randrange(len(target.attribute))]
+        elif kind == 4 and graph.initializer:
+            tensor = rng.choice(graph.initializer)
+            if tensor.data_type == INT and tensor.raw_data:
+                values = np.frombuffer(tensor.raw_data, np.int64).copy()
+                values[rng.randrange(len(values))] = rng.choice(numbers)
+                tensor.raw_data = values.tobytes()
+        elif kind == 5:
+            target.input.append(rng.choice(names))
+        elif kind == 6 and target.input:
+            del target.input[rng.randrange(len(target.input))]
+    return made
+
+
+def test_changed_models_never_escape_as_other_errors(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    bases = [make() for make in [*BOMBS.values(), *FOLDABLE.values()] if make().ByteSize() < 10_000]
+    passed = 0
+    for _ in range(1200):
+        with suppress(MoptError):
+            check(tmp_path, changed(rng.choice(bases), rng))
+            passed += 1
+    assert passed > 200
