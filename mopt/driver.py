@@ -130,8 +130,8 @@ def compile(
     artifact = lower(result, backend, target=target)
     artifact.manifest["recipe"] = chosen.to_toml(full=True)
     artifact.manifest["seed"] = seed
-    parity = check_parity(result, artifact)
-    check_parity(base, baseline_artifact)
+    parity = check_parity(result, artifact, program)
+    check_parity(base, baseline_artifact, program)
     store_sample(result, artifact)
     progress.end(f"{backend}, checked at {parity.sizes} input sizes")
 
