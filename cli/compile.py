@@ -56,10 +56,8 @@ along one more axis in front, or there is one array a batch, named x.0, x.1 and 
 @option(
     "-r",
     "--recipe",
-    default="int8-dynamic",
-    show_default=True,
     metavar="NAME|FILE.toml",
-    help="Which passes run; see mopt recipes list.",
+    help="Which passes run; see mopt recipes list. Default: auto with --budget, else int8-dynamic.",
 )
 @option(
     "--set",
@@ -90,6 +88,11 @@ along one more axis in front, or there is one array a batch, named x.0, x.1 and 
 @click.option(
     "--dry-run", is_flag=True, help="Print the recipe that would run, as TOML for -r, and stop."
 )
+@option(
+    "--allow-slower",
+    is_flag=True,
+    help="Let auto give a result that is slower than the uncompressed model.",
+)
 @option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
 @option(
     "--require-coverage",
@@ -118,9 +121,9 @@ along one more axis in front, or there is one array a batch, named x.0, x.1 and 
 )
 @click.pass_obj
 def command(out: Output, model: str, **options: Any) -> None:  # fmt: skip
-    chosen = _recipe(options["recipe"], options["settings"])
+    budget = Budget.parse(options["budget"])
+    chosen = _recipe(options["recipe"] or budget.default_recipe, options["settings"])
     source_name = parse_source(model)
-    Budget.parse(options["budget"])
     for key, what in (("calib", "calibration data"), ("evaluate", "function")):
         if options[key] is not None:
             check_data_reference(options[key], what)
@@ -213,6 +216,7 @@ def _compile(
         seed=options["seed"],
         name=source.name,
         require_coverage=options["require_coverage"],
+        allow_slower=options["allow_slower"],
         max_minutes=options["max_minutes"],
         settings=Settings(measure=options["measure"], threads=options["threads"]),
         progress=progress,

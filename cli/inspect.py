@@ -19,6 +19,8 @@ from mopt.cli._progress import ConsoleProgress
 from mopt.cli._stored_report import read_stored_report
 from mopt.cli._summary import RESULT_COLUMNS, coverage_lines, result_rows
 from mopt.cli._text import count, disk_size, plural
+from mopt.cli._why import show_why
+from mopt.errors import UsageError
 
 if TYPE_CHECKING:
     from mopt.signature import TensorSpec
@@ -28,11 +30,21 @@ if TYPE_CHECKING:
 @click.argument("target", metavar="TARGET")
 @option("--inputs", metavar="FILE.npz", help="Example inputs of a model.")
 @click.option("--trust", is_flag=True, help="Load a .pt2, which runs code from the file.")
+@option("--why", metavar="LAYER|budget", help="Explain the choice for one layer, or the budget.")
 @click.pass_obj
-def command(out: Output, target: str, inputs: str | None, trust: bool) -> None:
+def command(out: Output, target: str, inputs: str | None, trust: bool, why: str | None) -> None:
     if Path(target).is_dir() and (Path(target) / "manifest.json").exists():
-        _inspect_artifact(out, target)
+        if why is not None:
+            show_why(out, read_stored_report(target), why)
+        else:
+            _inspect_artifact(out, target)
         return
+    if why is not None:
+        raise UsageError(
+            f"--why is answered for the folder of an artifact, {target!r} is none",
+            code="why-without-artifact",
+            hint="mopt compile first",
+        )
     with out.user_code(), ConsoleProgress(out) as progress:
         data = _read_model(target, inputs, trust, progress)
     if out.as_json:

@@ -84,6 +84,11 @@ class Budget:
         """The constraint on a quantity, if there is one."""
         return next((c for c in self.constraints if c.what == what), None)
 
+    @property
+    def default_recipe(self) -> str:
+        """The recipe where none is named: under a budget, formats are chosen layer by layer."""
+        return "auto" if self.constraints or self.minimize else "int8-dynamic"
+
     def texts(self) -> list[str]:
         """The budget as it was given."""
         texts = [c.text for c in self.constraints]

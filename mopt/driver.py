@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,17 @@ from torch import nn
 
 from mopt import __version__
 from mopt.budget import Budget
+from mopt.cache import Cache
 from mopt.calibration import Calibration
+from mopt.choice import Baseline, Observation
+from mopt.cost import cost_model
+from mopt.device import find_device
 from mopt.errors import BudgetNotMet, UsageError
 from mopt.frontend import capture
 from mopt.layers import find_layers
 from mopt.lowering import Artifact, lower
 from mopt.machine import machine_fingerprint
-from mopt.pass_base import PassContext, Progress
+from mopt.pass_base import Pass, PassContext, Progress
 from mopt.pipeline import Pipeline, Step
 from mopt.program import Program
 from mopt.proof import (
@@ -37,6 +41,7 @@ from mopt.proof import (
 from mopt.recipe import Recipe
 from mopt.registry import find_backend
 from mopt.report import SCHEMA, Report
+from mopt.rounds import Attempt, choice_data, close_loop, nearest_point
 
 BASELINE = "none"
 
@@ -57,7 +62,7 @@ def compile(
     *,
     backend: str = "onnx",
     target: str = "host",
-    recipe: str | Recipe = "int8-dynamic",
+    recipe: str | Recipe | None = None,
     calibration: Iterable[Any] | None = None,
     evaluate: Callable[..., Any] | None = None,
     budget: Iterable[str] | str | Budget | None = None,
@@ -65,6 +70,7 @@ def compile(
     seed: int = 0,
     name: str | None = None,
     require_coverage: float = 0.0,
+    allow_slower: bool = False,
     max_minutes: float | None = None,
     settings: Settings | None = None,
     progress: Progress | None = None,
@@ -74,7 +80,9 @@ def compile(
 
     ``example_inputs`` is a tuple of inputs or a mapping of keyword inputs; ``calibration`` any
     iterable of such inputs; ``evaluate(run)`` returns the quality of a callable with the model's
-    inputs (see ``mopt.quality.evaluate_metric``). The model itself is left unchanged.
+    inputs (see ``mopt.quality.evaluate_metric``). The model itself is left unchanged. ``recipe`` is
+    "auto" where a budget is given and "int8-dynamic" where none is; ``allow_slower`` lets "auto"
+    give a result that is slower than the uncompressed model.
 
     Raises a MoptError: UsageError and InputError for what was given, CaptureError, PassError and
     LoweringError for what could not be done, BudgetNotMet (with the artifact) when the measured
@@ -86,8 +94,8 @@ def compile(
     started = time.monotonic()
     settings = settings or Settings()
     progress = progress or Progress()
-    chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     wanted = Budget.parse(budget)
+    chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe or wanted.default_recipe)
     passes = chosen.passes()
     find_backend(backend)
     if target not in TARGETS:
@@ -111,53 +119,101 @@ def compile(
         seed=seed,
         deadline=started + 60 * max_minutes if max_minutes else None,
     )
-    progress.stage("Compressing")
-    common = Recipe.load(BASELINE).passes()
-    watchers = tuple(callbacks)
-    if passes[: len(common)] == common:  # most recipes begin with what the baseline runs
-        base = Pipeline(common, watchers).run(program, context)
-        rest = Pipeline(passes[len(common) :], watchers)
-        result = rest.run(base, context, reference=program)
-    else:
-        base = Pipeline(common).run(program, context)
-        result = Pipeline(passes, watchers).run(program, context)
-    progress.end(
-        f"{len(result.steps)} passes, {sum(step.changed for step in result.steps)} changed"
-    )
-
-    progress.stage("Lowering")
-    baseline_artifact = lower(base, backend, target=target)
-    artifact = lower(result, backend, target=target)
-    artifact.manifest["recipe"] = chosen.to_toml(full=True)
-    artifact.manifest["seed"] = seed
-    parity = check_parity(result, artifact, program)
-    check_parity(base, baseline_artifact, program)
-    store_sample(result, artifact)
-    progress.end(f"{backend}, checked at {parity.sizes} input sizes")
-
-    progress.stage("Checking", "quality")
-    batches = list(islice(data, QUALITY_BATCHES)) if data is not None else []
-    quality = measure_quality(program, artifact, evaluate, batches, progress)
-    batch_word = "batch" if quality.batches == 1 else "batches"
-    metric_word = f", {quality.result.name}" if quality.result else ""
-    progress.end(f"outputs on {quality.batches} {batch_word}{metric_word}")
-    timing = None
-    if settings.measure and program.coverage.is_whole:
-        progress.stage("Measuring")
-        eager = lower(program, "eager") if settings.eager_beside and _fits_eager(program) else None
-        timing = measure_speed(
-            baseline_artifact, artifact, eager, threads=settings.threads, seed=seed,
-            max_seconds=settings.measure_seconds, progress=progress,
+    if any(one.chooses for one in passes):
+        context = replace(
+            context, backend=backend, budget=wanted, allow_slower=allow_slower, cache=Cache(),
+            cost_model=cost_model(find_device(target)),
         )  # fmt: skip
-        progress.end(f"{timing.comparison.pairs} alternated pairs of fresh processes")
+    maker = _Maker(
+        program, passes, tuple(callbacks), context, chosen, backend, target, settings, evaluate
+    )
+    baseline_artifact = maker.baseline_artifact
+    story: list[dict[str, Any]] = []
+    if any(one.chooses for one in passes):
+        attempt, story = close_loop(
+            maker.compress, maker.attempt, maker.base.copy, wanted, baseline_artifact,
+            allow_slower=allow_slower,
+        )  # fmt: skip
+    else:
+        attempt = maker.attempt(maker.compress(()))
+    artifact = attempt.artifact
     artifact.report = Report(
         _report_data(
-            program, result, baseline_artifact, artifact, parity, quality, timing, chosen, wanted,
-            seed, target,
+            program, attempt.result, baseline_artifact, artifact, attempt.parity, attempt.quality,
+            attempt.timing, chosen, wanted, seed, target,
         )
+        | choice_data(attempt, story)
     )  # fmt: skip
-    _check_budget(wanted, artifact, quality, timing)
+    _add_estimates(artifact.report.data, attempt.result.plan.get("choice"))
+    _check_budget(wanted, attempt, baseline_artifact)
     return artifact
+
+
+class _Maker:
+    """Makes results of one program: compresses, lowers, checks and measures."""
+
+    def __init__(
+        self, program: Program, passes: list[Pass], watchers: tuple[Callable[[Step], None], ...],
+        context: PassContext, recipe: Recipe, backend: str, target: str, settings: Settings,
+        evaluate: Callable[..., Any] | None,
+    ) -> None:  # fmt: skip
+        self.program, self.context, self.recipe = program, context, recipe
+        self.backend, self.target, self.settings = backend, target, settings
+        self.evaluate, self.watchers, self.passes = evaluate, watchers, passes
+        context.progress.stage("Compressing")
+        self._common = Recipe.load(BASELINE).passes()
+        # Most recipes begin with what the baseline runs.
+        self._shared = passes[: len(self._common)] == self._common
+        self.base = Pipeline(self._common, watchers if self._shared else ()).run(program, context)
+        self.baseline_artifact = lower(self.base, backend, target=target)
+        check_parity(self.base, self.baseline_artifact, program)
+
+    def compress(self, seen: tuple[Observation, ...]) -> Program:
+        """The program after all passes, which are told what came of earlier results."""
+        if seen:
+            self.context.progress.stage("Choosing again")
+        size = self.baseline_artifact.size_bytes
+        context = replace(self.context, observations=seen, baseline=Baseline(size))
+        if self._shared:
+            rest = Pipeline(self.passes[len(self._common) :], self.watchers)
+            result = rest.run(self.base, context, reference=self.program)
+        else:
+            result = Pipeline(self.passes, self.watchers).run(self.program, context)
+        changed = sum(step.changed for step in result.steps)
+        context.progress.end(f"{len(result.steps)} passes, {changed} changed")
+        return result
+
+    def attempt(self, result: Program) -> Attempt:
+        """The result lowered, checked against its program, judged and timed."""
+        progress, data = self.context.progress, self.context.calibration
+        progress.stage("Lowering")
+        artifact = lower(result, self.backend, target=self.target)
+        artifact.manifest["recipe"] = self.recipe.to_toml(full=True)
+        artifact.manifest["seed"] = self.context.seed
+        parity = check_parity(result, artifact, self.program)
+        store_sample(result, artifact)
+        progress.end(f"{self.backend}, checked at {parity.sizes} input sizes")
+        progress.stage("Checking", "quality")
+        batches = list(islice(data, QUALITY_BATCHES)) if data is not None else []
+        quality = measure_quality(self.program, artifact, self.evaluate, batches, progress)
+        batch_word = "batch" if quality.batches == 1 else "batches"
+        metric_word = f", {quality.result.name}" if quality.result else ""
+        progress.end(f"outputs on {quality.batches} {batch_word}{metric_word}")
+        return Attempt(result, artifact, parity, quality, self._timing(artifact))
+
+    def _timing(self, artifact: Artifact) -> Timing | None:
+        settings, progress = self.settings, self.context.progress
+        if not (settings.measure and self.program.coverage.is_whole):
+            return None
+        progress.stage("Measuring")
+        beside = settings.eager_beside and _fits_eager(self.program)
+        eager = lower(self.program, "eager") if beside else None
+        timing = measure_speed(
+            self.baseline_artifact, artifact, eager, threads=settings.threads,
+            seed=self.context.seed, max_seconds=settings.measure_seconds, progress=progress,
+        )  # fmt: skip
+        progress.end(f"{timing.comparison.pairs} alternated pairs of fresh processes")
+        return timing
 
 
 TARGETS = ("host", "cpu")
@@ -289,30 +345,25 @@ def _relative(source: str) -> str:
         return path.name
 
 
-def _check_budget(
-    budget: Budget, artifact: Artifact, quality: Quality, timing: Timing | None
-) -> None:
-    assert artifact.report is not None
-    found, before = artifact.report.data["result"], artifact.report.data["baseline"]
-    values = {
-        "size": (found["size_bytes"], before["size_bytes"]),
-        "latency": (found["latency_ms"]["measured"], before["latency_ms"]["measured"]),
-        "memory": (found["peak_bytes"]["measured"], before["peak_bytes"]["measured"]),
-        "quality": (quality.kept() if quality.kept() is not None else quality.drift.cosine, 1.0),
-        "energy": (None, None),
-    }
-    missed = []
-    for constraint in budget.constraints:
-        value, base = values[constraint.what]
-        if value is None or base is None:
-            missed.append(f"{constraint.text} (not measured)")
-        elif not constraint.is_met(value, base):
-            missed.append(
-                f"{constraint.text} (found {value:.6g}, limit {constraint.limit(base):.6g})"
-            )
-    if missed:
-        raise BudgetNotMet(
-            "the budget is not met: " + "; ".join(missed),
-            artifact=artifact,
-            hint="loosen it, or take a recipe that compresses more or less",
-        )
+def _add_estimates(data: dict[str, Any], choice: dict[str, Any] | None) -> None:
+    """What the chooser expected, beside what was measured."""
+    if choice is None:
+        return
+    data["baseline"]["latency_ms"]["estimated"] = choice["baseline"]["latency"]
+    data["result"]["latency_ms"]["estimated"] = choice["estimated"]["latency"]
+    for row in data["layers"]:
+        row.update(choice["layers"].get(row["path"], {}))
+
+
+def _check_budget(budget: Budget, attempt: Attempt, baseline: Artifact) -> None:
+    missed = attempt.missed(budget, baseline)
+    if not missed:
+        return
+    choice = attempt.result.plan.get("choice", {})
+    hint = "loosen it, or take a recipe that compresses more or less"
+    if choice:
+        binding = ", ".join(choice.get("binding") or ["none of the limits in the estimates"])
+        hint = f"binding: {binding}; nearest point found: {nearest_point(attempt, baseline)}"
+    raise BudgetNotMet(
+        "the budget is not met: " + "; ".join(missed), artifact=attempt.artifact, hint=hint
+    )

@@ -26,7 +26,10 @@ from typing import (
 from mopt.errors import LimitError, UsageError, quote
 
 if TYPE_CHECKING:
+    from mopt.budget import Budget
+    from mopt.cache import Cache
     from mopt.calibration import Calibration
+    from mopt.choice import Baseline, Observation
     from mopt.cost import CostModel
     from mopt.device import DeviceProfile
     from mopt.program import Program
@@ -75,7 +78,9 @@ class PassContext:
     """What a pass may ask: device, cost model, data, randomness, time.
 
     ``evaluate`` maps a callable with the model's inputs to the user's metric, higher or lower being
-    better as the metric says. ``deadline`` is on ``time.monotonic``.
+    better as the metric says. ``deadline`` is on ``time.monotonic``. ``budget``, ``baseline``,
+    ``observations`` and ``allow_slower`` are for passes that choose under a budget; ``cache`` keeps
+    what they measure, None keeps nothing.
     """
 
     device: DeviceProfile | None = None
@@ -86,6 +91,12 @@ class PassContext:
     seed: int = 0
     deadline: float | None = None
     max_memory_bytes: int | None = None
+    backend: str = "onnx"
+    budget: Budget | None = None
+    baseline: Baseline | None = None
+    observations: tuple[Observation, ...] = ()
+    allow_slower: bool = False
+    cache: Cache | None = None
 
     def check_time(self, doing: str) -> None:
         """Raise LimitError when the compile's time is up."""
@@ -122,6 +133,8 @@ class Pass:
     pass_name: ClassVar[str] = ""
     numerics: ClassVar[Numerics] = Numerics.LOSSY
     tolerance: ClassVar[float] = 0.0
+    # Whether it decides under the budget, and is asked again with what came of it.
+    chooses: ClassVar[bool] = False
 
     layers: str = option("*", help="only layers whose path matches one of these globs (a,b)")
     skip: str = option("", help="leave layers alone whose path matches one of these globs (a,b)")

@@ -1,0 +1,215 @@
+"""Closing the loop: what was chosen is built and measured, and chosen again by what was seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mopt.budget import Budget
+from mopt.choice import Observation
+from mopt.lowering import Artifact
+from mopt.program import Program
+from mopt.proof import Parity, Quality, Timing
+
+ROUNDS = 3
+# A choice that keeps more quality than this share of what it may lose is asked to use it.
+_UNUSED = 0.5
+
+
+@dataclass
+class Attempt:
+    """A result, lowered, checked and measured."""
+
+    result: Program
+    artifact: Artifact
+    parity: Parity
+    quality: Quality
+    timing: Timing | None
+
+    def values(self, baseline: Artifact) -> dict[str, tuple[float | None, float | None]]:
+        """What a budget may limit: the measured value and the uncompressed model's."""
+        timed = self.timing.comparison if self.timing else None
+        kept = self.quality.kept()
+        return {
+            "size": (self.artifact.size_bytes, baseline.size_bytes),
+            "latency": (timed.candidate.median_ms, timed.reference.median_ms)
+            if timed
+            else (None, None),
+            "memory": (timed.candidate.peak_bytes, timed.reference.peak_bytes)
+            if timed
+            else (None, None),
+            "quality": (kept if kept is not None else self.quality.drift.cosine, 1.0),
+            "energy": (None, None),
+        }
+
+    def missed(self, budget: Budget, baseline: Artifact) -> list[str]:
+        """The constraints that are not met, each with what was found."""
+        missed = []
+        values = self.values(baseline)
+        for constraint in budget.constraints:
+            value, base = values[constraint.what]
+            if value is None or base is None:
+                missed.append(f"{constraint.text} (not measured)")
+            elif not constraint.is_met(value, base):
+                missed.append(
+                    f"{constraint.text} (found {value:.6g}, limit {constraint.limit(base):.6g})"
+                )
+        return missed
+
+    def excess(self, budget: Budget, baseline: Artifact) -> float:
+        """How far the measured values are outside, relative to the limits; 0 is inside."""
+        total = 0.0
+        values = self.values(baseline)
+        for constraint in budget.constraints:
+            value, base = values[constraint.what]
+            if value is not None and base is not None:
+                limit = constraint.limit(base)
+                over = limit - value if constraint.what == "quality" else value - limit
+                total += max(over, 0.0) / abs(limit)
+        return total
+
+    @property
+    def is_slower(self) -> bool:
+        """Whether it was measured to be slower than uncompressed, beyond noise."""
+        if self.timing is None:
+            return False
+        found = self.timing.comparison
+        return found.is_different and found.ratio > 1
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """The formats by layer path, of all parts."""
+        return formats_of(self.result)
+
+    def observation(self, baseline: Artifact) -> Observation:
+        """What the chooser is told about it."""
+        values = self.values(baseline)
+        measured = {what: found[0] for what, found in values.items() if found[0] is not None}
+        before = {what: found[1] for what, found in values.items() if found[1] is not None}
+        measured["loss"] = 1.0 - measured.pop("quality")
+        if self.timing is not None and before.get("latency"):
+            # The median of the pairs' ratios is steadier than the ratio of two medians.
+            measured["latency"] = before["latency"] * self.timing.comparison.ratio
+        estimated = self.result.plan.get("choice", {}).get("estimated", {})
+        return Observation(self.formats, estimated, measured, before, self.is_slower)
+
+
+def formats_of(program: Program) -> dict[str, str]:
+    """The format of every layer that has one, over all parts."""
+    found: dict[str, str] = {}
+    for part in program.parts().values():
+        found.update(part.plan.get("formats", {}))
+    return found
+
+
+def close_loop(
+    choose: Callable[[tuple[Observation, ...]], Program],
+    build: Callable[[Program], Attempt],
+    uncompressed: Callable[[], Program],
+    budget: Budget,
+    baseline: Artifact,
+    *,
+    allow_slower: bool,
+) -> tuple[Attempt, list[dict[str, Any]]]:
+    """The best attempt of at most three rounds, and the story of all of them.
+
+    A round ends the search when it meets the budget, is not slower than uncompressed and uses the
+    quality it may lose, or when the same would be chosen again. If every round was slower, nothing
+    is compressed. The best is the one inside the budget with the least of what is minimized; if
+    there is none, the one nearest to it.
+    """
+    attempts: list[Attempt] = []
+    story: list[dict[str, Any]] = []
+    seen: tuple[Observation, ...] = ()
+    for _ in range(ROUNDS):
+        result = choose(seen)
+        if any(attempt.formats == formats_of(result) for attempt in attempts):
+            break
+        attempt = build(result)
+        attempts.append(attempt)
+        missed = attempt.missed(budget, baseline)
+        observed = attempt.observation(baseline)
+        seen = (*seen, observed)
+        story.append({
+            "estimated": dict(observed.estimated),
+            "measured": dict(observed.measured),
+            "missed": missed,
+            "slower": attempt.is_slower,
+            "layers": len(attempt.formats),
+        })  # fmt: skip
+        slower = attempt.is_slower and not allow_slower
+        if not missed and not slower and not _wastes_quality(attempt, budget):
+            break
+    ranked = sorted(attempts, key=lambda a: _rank(a, budget, baseline, allow_slower))
+    best = ranked[0]
+    if best.is_slower and not allow_slower:
+        plain = uncompressed()
+        plain.plan["choice"] = {
+            **best.result.plan.get("choice", {}),
+            "kept_all": "every choice was slower than the uncompressed model when measured",
+        }
+        best = build(plain)
+    return best, story
+
+
+def _wastes_quality(attempt: Attempt, budget: Budget) -> bool:
+    """Whether quality binds the choice although the measured model keeps far more of it."""
+    limit = budget.get("quality")
+    if limit is None or "loss" not in attempt.result.plan.get("choice", {}).get("binding", ()):
+        return False
+    kept = attempt.quality.kept()
+    lost = 1.0 - (kept if kept is not None else attempt.quality.drift.cosine)
+    return lost < _UNUSED * (1.0 - limit.limit(1.0))
+
+
+def _rank(
+    attempt: Attempt, budget: Budget, baseline: Artifact, allow_slower: bool
+) -> tuple[bool, float, float]:
+    values = attempt.values(baseline)
+    what = attempt.result.plan.get("choice", {}).get("minimize", "loss")
+    if what == "loss":
+        score = -(values["quality"][0] or 0.0)
+    elif what == "latency" and attempt.timing is not None:
+        score = attempt.timing.comparison.ratio
+    else:
+        score = float(attempt.artifact.size_bytes)
+    slower = attempt.is_slower and not allow_slower
+    return slower, attempt.excess(budget, baseline), score
+
+
+def nearest_point(attempt: Attempt, baseline: Artifact) -> str:
+    """What the best attempt measured, in one line."""
+    values = attempt.values(baseline)
+    shown = {"size": "B", "latency": "ms", "memory": "B", "quality": "x"}
+    return ", ".join(
+        f"{what} {values[what][0]:.6g} {unit}"
+        for what, unit in shown.items()
+        if values[what][0] is not None
+    )
+
+
+def choice_data(attempt: Attempt, story: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the report says of a choice: prices, rounds, errors of the estimates; {} without one."""
+    choice = attempt.result.plan.get("choice")
+    if choice is None:
+        return {}
+    return {
+        "choice": {key: value for key, value in choice.items() if key != "layers"},
+        "prices": choice["prices"],
+        "rounds": list(story),
+        "estimate_error": estimate_error(attempt, story),
+    }
+
+
+def estimate_error(attempt: Attempt, story: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Relative error of the last estimates: estimated over measured, minus one."""
+    if not story:
+        return {}
+    last = next((s for s in story if s["layers"] == len(attempt.formats)), story[-1])
+    guess, found = last["estimated"], last["measured"]
+    return {
+        what: guess[what] / found[what] - 1
+        for what in ("size", "latency", "memory", "loss")
+        if guess.get(what) is not None and found.get(what)
+    }

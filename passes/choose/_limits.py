@@ -1,0 +1,172 @@
+"""From a budget to the limits of the program, corrected by what earlier choices turned out to be.
+
+Estimates enter the program as they are; what was measured moves the limits and scales the amounts:
+bytes by an offset, losses by a factor, savings of time by a factor for the formats that were used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from mopt.budget import Budget
+from mopt.choice import Baseline, Observation
+from mopt.errors import UsageError
+from mopt.passes.choose._options import ORIGINAL, Option, Sites
+from mopt.passes.choose._program import Candidate, Group, Problem
+
+# With no budget at all: as fast as possible for a loss that few would notice.
+DEFAULT_LOSS = 0.01
+# Measured factors beyond these say that something else went wrong.
+_LEAST_FACTOR, _LARGEST_FACTOR = 0.02, 1e4
+_SAVINGS = (-2.0, 1.5)
+
+
+@dataclass(frozen=True)
+class Corrections:
+    """What was learned: ``loss`` multiplies losses, ``bytes`` and ``memory`` are added to sums.
+
+    ``savings`` multiplies the time that a format saves, by format. ``speed`` is measured over
+    estimated time of the uncompressed model.
+    """
+
+    loss: float = 1.0
+    size: float = 0.0
+    memory: float = 0.0
+    savings: Mapping[str, float] = field(default_factory=dict)
+    speed: float = 1.0
+
+    @staticmethod
+    def learn(observations: Sequence[Observation], baseline: Baseline) -> Corrections:
+        """From all rounds so far; the last one that says something about a quantity counts."""
+        loss, size, memory, speed = 1.0, 0.0, 0.0, 1.0
+        savings: dict[str, float] = {}
+        for seen in observations:
+            guess, found = seen.estimated, seen.measured
+            if guess.get("raw_loss", 0.0) > 0 and "loss" in found:
+                factor = found["loss"] / guess["raw_loss"]
+                loss = min(max(factor, _LEAST_FACTOR), _LARGEST_FACTOR)
+            if "size" in found:
+                size += found["size"] - guess["size"]
+            if "memory" in found and "memory" in guess:
+                memory += found["memory"] - guess["memory"]
+            whole = baseline.latency_ms or guess.get("whole_latency")
+            if "latency" in found and seen.baseline.get("latency") and whole:
+                speed = seen.baseline["latency"] / whole
+                hoped = 1 - guess["raw_latency"] / whole
+                saved = 1 - found["latency"] / seen.baseline["latency"]
+                if abs(hoped) > 1e-3:
+                    factor = min(max(saved / hoped, _SAVINGS[0]), _SAVINGS[1])
+                    if seen.is_slower:
+                        factor = min(factor, -0.1)
+                    savings.update(dict.fromkeys(seen.formats.values(), factor))
+        return Corrections(loss, size, memory, savings, speed)
+
+    def latency(self, option: Option, original: Option) -> float:
+        """The corrected ms of an option."""
+        names = set(option.formats.values())
+        factor = min((self.savings.get(name, 1.0) for name in names), default=1.0)
+        return original.latency_ms - factor * (original.latency_ms - option.latency_ms)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The problem's limits and objective, and the constants that make sums out of its amounts.
+
+    ``whole_ms`` is the estimated time of the uncompressed model.
+    """
+
+    minimize: str
+    limits: Mapping[str, float]
+    fixed: Mapping[str, float]
+    whole_ms: float
+
+
+def objective(budget: Budget) -> str:
+    """What to minimize: as asked, else loss under limits of size or speed, else latency."""
+    if budget.minimize:
+        return budget.minimize
+    bounded = {constraint.what for constraint in budget.constraints} - {"quality"}
+    return "loss" if bounded else "latency"
+
+
+def asks_for_size(budget: Budget) -> bool:
+    """Whether fewer stored bytes are worth something even where nothing runs faster."""
+    return budget.minimize == "size" or bool(budget.get("size") or budget.get("memory"))
+
+
+def read_limits(
+    budget: Budget, sites: Sequence[Sites], baseline: Baseline, learned: Corrections,
+    seen: Sequence[Observation],
+) -> Limits:  # fmt: skip
+    """The budget in the program's own units. Raises UsageError for what nothing is known about."""
+    stored = sum(one.options[0].size_bytes for one in sites)
+    timed = sum(one.options[0].latency_ms for one in sites)
+    whole_ms = baseline.latency_ms if baseline.latency_ms is not None else timed
+    peak = next((o.baseline["memory"] for o in reversed(seen) if "memory" in o.baseline), None)
+    peak = baseline.peak_bytes if peak is None else peak
+    fixed = {
+        "size": baseline.size_bytes - stored + learned.size,
+        "latency": whole_ms - timed,
+    }
+    if peak is not None:
+        fixed["memory"] = peak - stored + learned.memory
+    limits: dict[str, float] = {}
+    for constraint in budget.constraints:
+        if constraint.what == "quality":
+            limits["loss"] = 1.0 - constraint.limit(1.0)
+        elif constraint.what == "size":
+            limits["size"] = constraint.limit(baseline.size_bytes) - fixed["size"]
+        elif constraint.what == "latency":
+            limit = constraint.value * whole_ms
+            if not constraint.relative:
+                limit = constraint.value / learned.speed
+            limits["latency"] = limit - fixed["latency"]
+        elif constraint.what == "memory":
+            if peak is not None:  # else the first round finds out
+                limits["memory"] = constraint.limit(peak) - fixed["memory"]
+        else:
+            raise UsageError(
+                f"budget {constraint.text!r}: no estimate of {constraint.what} for this target",
+                code="no-estimate",
+                hint="limit latency or size instead",
+            )
+    if not budget.constraints and budget.minimize is None:
+        limits["loss"] = DEFAULT_LOSS
+    return Limits(objective(budget), limits, fixed, whole_ms)
+
+
+def make_problem(sites: Sequence[Sites], limits: Limits, learned: Corrections) -> Problem:
+    """The integer program; options that were measured to be slower than the original stay out."""
+    groups = []
+    for one in sites:
+        original = one.options[0]
+        candidates = [
+            Candidate(
+                option.name,
+                {
+                    "size": option.size_bytes,
+                    "memory": option.size_bytes,
+                    "latency": learned.latency(option, original),
+                    "loss": learned.loss * option.loss,
+                },
+            )
+            for option in one.options
+        ]
+        groups.append(Group(one.name, tuple(candidates)))
+    return Problem(tuple(groups), limits.minimize, dict(limits.limits))
+
+
+def refuse_measured_slower(sites: Sequence[Sites], learned: Corrections) -> None:
+    """Take out the options whose kernels lost time when they were measured."""
+    for one in sites:
+        original = one.options[0]
+        for option in list(one.options):
+            now = learned.latency(option, original)
+            lost = any(learned.savings.get(name, 1.0) < 0 for name in option.formats.values())
+            if option.name != ORIGINAL and lost:
+                one.options.remove(option)
+                one.refused[option.name] = (
+                    f"slower when measured: about {now:.3g} ms, the original "
+                    f"{original.latency_ms:.3g} ms"
+                )

@@ -1,0 +1,293 @@
+"""What a format costs in quality: exactly, by swapping it in; or from errors and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from mopt.cache import library_versions, source_hash
+from mopt.calibration import Calibration
+from mopt.errors import InputError
+from mopt.formats import find_format
+from mopt.formats.base import families
+from mopt.hashes import tensor_hash
+from mopt.layers import Layer
+from mopt.pass_base import PassContext, Progress
+from mopt.pipeline import flat_tensors
+from mopt.program import Program
+from mopt.quality import DriftMeter, evaluate_metric
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+Place = Callable[[Program, Mapping[str, str], PassContext], None]
+# Values kept between layers so that a swap runs only what comes after it.
+_KEEP_BYTES = 1 << 30
+_SOURCES = (__file__, str(Path(__file__).with_name("_place.py")))
+
+
+@dataclass
+class Losses:
+    """Measures the loss of formats on a few batches; ``loss`` is kl, cosine or metric.
+
+    - ``kl``: mean Kullback-Leibler divergence, in nats, of the softmax over the last axis
+    - ``cosine``: 1 minus the mean cosine of the outputs' rows
+    - ``metric``: relative loss of the user's own metric
+
+    ``place`` puts formats into a copy of the program. Results go to the context's cache.
+    """
+
+    program: Program
+    ctx: PassContext
+    batches: Sequence[Call]
+    loss: str
+    place: Place
+
+    def __post_init__(self) -> None:
+        self.measured = 0
+        self.cached = 0
+        self._kept: list[dict[str, Any]] | None = None
+        self._reference: list[list[Tensor]] = []
+        self._base_metric: Any = None
+        self._key: dict[str, Any] | None = None
+
+    def exact(self, formats: Mapping[str, str]) -> float:
+        """The loss with these formats (by layer path) in place of the originals."""
+        cache = self.ctx.cache
+        if cache is None:
+            return self._measure(formats)
+        before = self.measured
+        key = {**self._what(), "formats": dict(formats)}
+        value = float(cache.remember("sensitivity", key, lambda: self._measure(formats)))
+        self.cached += self.measured == before
+        return value
+
+    def _what(self) -> dict[str, Any]:
+        if self._key is None:
+            sources = sorted({_file_of(family) for family in families()} | set(_SOURCES))
+            self._key = {
+                "program": self.program.fingerprint(),
+                "batches": [[_leaf(leaf) for leaf in _leaves(call)] for call in self.batches],
+                "loss": self.loss,
+                "metric": getattr(self.ctx.evaluate, "__qualname__", "")
+                if self.loss == "metric"
+                else "",
+                "libraries": library_versions(),
+                "capability": torch.backends.cpu.get_cpu_capability(),
+                "sources": source_hash(*sources),
+            }
+        return self._key
+
+    def _measure(self, formats: Mapping[str, str]) -> float:
+        self.ctx.check_time(f"measuring what {next(iter(formats.values()), 'nothing')} costs")
+        self.measured += 1
+        changed = self.program.copy()
+        self.place(changed, formats, self._context())
+        changed.graph_module.recompile()
+        if self.loss == "metric":
+            assert self.ctx.evaluate is not None
+            if self._base_metric is None:
+                self._base_metric = evaluate_metric(self.ctx.evaluate, self.program.run)
+            found = evaluate_metric(self.ctx.evaluate, changed.run)
+            return max(found.loss_against(self._base_metric), 0.0)
+        total, meter, rows = 0.0, DriftMeter(), 0
+        for index in range(len(self.batches)):
+            expected, outputs = self._reference_outputs(index), self._run(changed, index)
+            if self.loss == "cosine":
+                meter.add(expected, outputs)
+                continue
+            for want, have in zip(expected, outputs, strict=True):
+                if want.is_floating_point() and want.dim():
+                    total += _divergence(want, have)
+                    rows += want.numel() // want.shape[-1]
+        result = 1.0 - meter.result().cosine if self.loss == "cosine" else total / max(rows, 1)
+        if result != result:
+            raise InputError(
+                f"outputs become NaN with {dict(formats)}", code="non-finite-activation",
+                hint="leave the layer out with skip=...",
+            )  # fmt: skip
+        return max(result, 0.0)
+
+    def _context(self) -> PassContext:
+        """The context with only the batches that are in the key, for formats that need ranges."""
+        if self.ctx.calibration is None or any(args and kwargs for args, kwargs in self.batches):
+            return self.ctx
+        data = [kwargs or args for args, kwargs in self.batches]
+        return replace(self.ctx, calibration=Calibration(data, self.program), progress=Progress())
+
+    def _reference_outputs(self, index: int) -> list[Tensor]:
+        if not self._reference:
+            self._remember()
+        return self._reference[index]
+
+    def _remember(self) -> None:
+        """Run the original once per batch, keeping every value if they fit."""
+        kept: list[dict[str, Any]] = []
+        spent = 0
+        safe = not any(_writes(node) for node in self.program.graph.nodes)
+        for args, kwargs in self.batches:
+            values: dict[str, Any] = {}
+
+            def visit(node: fx.Node, value: Any, values: dict[str, Any] = values) -> None:
+                if node.op not in ("get_attr", "output"):
+                    values[node.name] = value
+
+            outputs = self.program.interpret(visit if safe else lambda n, v: None, args, kwargs)
+            self._reference.append(flat_tensors(outputs))
+            spent += sum(t.numel() * t.element_size() for t in values.values()
+                         if isinstance(t, Tensor))  # fmt: skip
+            kept.append(values)
+        limit = min(_KEEP_BYTES, self.ctx.max_memory_bytes or _KEEP_BYTES)
+        self._kept = kept if safe and spent <= limit else None
+
+    def _run(self, changed: Program, index: int) -> list[Tensor]:
+        self._reference_outputs(index)
+        args, kwargs = self.batches[index]
+        if self._kept is None:
+            return flat_tensors(changed.run_flat(*args, **kwargs))
+        values = self._kept[index]
+        known: dict[fx.Node, Any] = {}
+        fresh: set[fx.Node] = set()
+        for node in changed.graph.nodes:
+            if node.op in ("get_attr", "output"):
+                continue
+            if node.name not in values or any(i in fresh for i in node.all_input_nodes):
+                fresh.add(node)
+            else:
+                known[node] = values[node.name]
+        flat = changed.flat_inputs(args, kwargs)
+        with torch.no_grad():
+            out = fx.Interpreter(changed.graph_module, garbage_collect_values=False).run(
+                *flat, initial_env=known, enable_io_processing=False
+            )
+        return flat_tensors(out)
+
+
+def estimate(
+    program: Program, batch: Call, layers: Sequence[Layer], loss: str, seed: int
+) -> Callable[[Layer, str], float]:
+    """A function from layer and format to a cheap estimate of the loss, up to a factor.
+
+    Half the expected squared product of the layer's output error and the gradient of a sampled
+    log-likelihood (the empirical Fisher information, Martens 2020, eq. 6), without terms between
+    rows; where the graph has no gradients, the error relative to the output.
+    """
+    calls = {call: layer for layer in layers for call in layer.calls}
+    recorder = _Recorder(program.graph_module, set(calls))
+    flat = program.flat_inputs(*batch)
+    with torch.enable_grad():
+        outputs = flat_tensors(recorder.run(*flat, enable_io_processing=False))
+        values = [value for _, _, value in recorder.seen.values()]
+        gradients = _gradients(outputs, values, loss, seed)
+    found = dict(zip(recorder.seen, gradients, strict=True))
+    rows = max(sum(t.numel() // t.shape[-1] for t in outputs if t.dim()), 1)
+
+    def of(layer: Layer, name: str) -> float:
+        total = 0.0
+        format_ = find_format(name)
+        weight = program.weight(layer.weight)
+        decoded = format_.decode(format_.encode(weight)).to(weight.dtype)
+        for call in layer.calls:
+            if call not in recorder.seen:
+                continue
+            args, kwargs, value = recorder.seen[call]
+            with torch.no_grad():
+                moved = _recompute(call, args, kwargs, layer, decoded, name) - value
+                gradient = found[call]
+                if gradient is None:
+                    total += float(moved.square().sum() / value.square().sum().clamp(min=1e-30))
+                else:
+                    along = (moved * gradient).flatten(0, -2).sum(-1) if moved.dim() > 1 else moved
+                    total += float(along.square().sum()) / (2 * rows)
+        return total
+
+    return of
+
+
+class _Recorder(fx.Interpreter):
+    """Runs with gradients and keeps arguments and results of some calls."""
+
+    def __init__(self, module: fx.GraphModule, calls: set[fx.Node]) -> None:
+        super().__init__(module)
+        self._calls = calls
+        self.seen: dict[fx.Node, tuple[Any, Any, Tensor]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n in self._calls:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            if not value.requires_grad:
+                value = value.detach().requires_grad_()
+            self.seen[n] = (args, kwargs, value)
+        return value
+
+
+def _gradients(
+    outputs: Sequence[Tensor], values: Sequence[Tensor], loss: str, seed: int
+) -> list[Tensor | None]:
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.zeros(())
+    for out in outputs:
+        if not out.is_floating_point() or not out.dim() or not out.requires_grad:
+            continue
+        if loss == "cosine":
+            direction = torch.randn(out.shape, generator=generator)
+            norms = out.detach().norm(dim=-1, keepdim=True).clamp(min=1e-12)
+            total = total + (out * direction / norms).sum()
+        else:
+            logs = functional.log_softmax(out.flatten(0, -2) if out.dim() > 1 else out[None], -1)
+            drawn = torch.multinomial(logs.detach().exp(), 1, generator=generator)
+            total = total - logs.gather(1, drawn).sum()
+    if not total.requires_grad:
+        return [None] * len(values)
+    try:
+        return list(torch.autograd.grad(total, list(values), allow_unused=True))
+    except RuntimeError:  # an operator without a derivative
+        return [None] * len(values)
+
+
+def _recompute(
+    call: fx.Node, args: Any, kwargs: Any, layer: Layer, decoded: Tensor, name: str
+) -> Tensor:
+    """The call's result with the decoded weight, and its input rounded where the format does."""
+    position = 0 if layer.kind == "embedding" else 1
+    changed = list(args)
+    changed[position] = decoded
+    if name.startswith(("int8-dynamic", "int8-qdq")):
+        value = args[0]
+        low, high = min(float(value.min()), 0.0), max(float(value.max()), 0.0)
+        step = max((high - low) / 255, 1e-30)
+        changed[0] = torch.round(value / step) * step
+    assert callable(call.target)
+    result: Tensor = call.target(*changed, **kwargs)
+    return result
+
+
+def _divergence(want: Tensor, have: Tensor) -> float:
+    reference = functional.log_softmax(want.double(), -1)
+    other = functional.log_softmax(have.double(), -1)
+    return float((reference.exp() * (reference - other)).sum())
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _leaves(call: Call) -> list[Any]:
+    from torch.utils import _pytree as pytree
+
+    return list(pytree.tree_leaves(call))
+
+
+def _leaf(leaf: Any) -> str:
+    return tensor_hash(leaf) if isinstance(leaf, Tensor) else repr(leaf)
+
+
+def _file_of(cls: type) -> str:
+    import inspect
+
+    return inspect.getfile(cls)

@@ -1,0 +1,237 @@
+"""Choose the format of every layer together, under a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from statistics import median
+from typing import Any, ClassVar
+
+from mopt.budget import Budget
+from mopt.choice import Baseline
+from mopt.formats import find_format
+from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
+from mopt.passes.choose._explain import explain
+from mopt.passes.choose._limits import (
+    Corrections,
+    asks_for_size,
+    make_problem,
+    read_limits,
+    refuse_measured_slower,
+)
+from mopt.passes.choose._options import Sites, fill_options, format_names, read_sites
+from mopt.passes.choose._place import place
+from mopt.passes.choose._sensitivity import Losses, estimate
+from mopt.passes.choose._solver import solve
+from mopt.program import Program
+
+
+@register_pass("choose-formats", numerics=Numerics.LOSSY)
+@dataclass(frozen=True, kw_only=True)
+class ChooseFormats(Pass):
+    """Choose the format of every layer together, under a budget.
+
+    ## When to use
+    With a budget on size, latency, memory or quality, instead of recipes that treat all layers
+    alike. One integer program picks for every group of layers the format that serves the budget
+    best, from its bytes, its estimated time on the target and what it costs in quality.
+
+    ## Accuracy
+    As the budget's quality demands; without a budget, about one percent of the metric. What a
+    format costs is measured by swapping it in (`exact` for all, or `estimate` from errors and
+    gradients, corrected by swaps of a sample) on `batches` calibration batches. The driver measures
+    the result and corrects the choice.
+
+    ## Limits
+    float32 layers. Losses of layers are added up; where they interact, the measured result
+    corrects the sum as a whole. Formats that are estimated to be slower than the original are left
+    out unless the compile allows slower results.
+
+    ## Example
+    A language model keeps its first and last layers in int8 and the rest in int4.
+    """
+
+    chooses: ClassVar[bool] = True
+
+    formats: str = option("", help="formats to consider (a,b); empty: what the target is good at")
+    sensitivity: str = option(
+        "auto", choices=("auto", "exact", "estimate"), help="auto: exact while it is cheap"
+    )
+    loss: str = option(
+        "auto", choices=("auto", "kl", "cosine", "metric"),
+        help="what a format costs; auto: kl where there is a metric, else cosine",
+    )  # fmt: skip
+    batches: int = option(1, min=1, help="calibration batches that losses are measured on")
+    exact_tflop: float = option(0.6, min=0, help="work that auto spends on exact losses, in TFLOP")
+    gap: float = option(0.001, min=0, max=1, help="how far from the best the choice may be")
+    seconds: float = option(60.0, min=0.1, help="time limit of the solver")
+    min_size: int = option(4096, min=0, help="leave layers with fewer weights alone")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self._given():
+            find_format(name)
+
+    def requires(self, program: Program, ctx: PassContext) -> str | None:
+        budget = ctx.budget or Budget()
+        if self.loss == "metric" and ctx.evaluate is None:
+            return "loss='metric' needs a metric; pass evaluate=... (or --eval)"
+        if program.path and any(not c.relative for c in budget.constraints):
+            return (
+                f"only {program.path!r} and other parts of the model were captured, so limits in "
+                "bytes or ms cannot be divided among them; use multiples such as 'size<=0.5x'"
+            )
+        needs = {c.what for c in budget.constraints} & {"latency", "energy"}
+        if ctx.cost_model is None and (needs or budget.minimize == "latency"):
+            return "a budget on latency needs a cost model of the target"
+        return None
+
+    def run(self, program: Program, ctx: PassContext) -> PassResult:
+        budget = ctx.budget or Budget()
+        sites, left = self._sites(program, ctx, budget)
+        baseline = ctx.baseline or Baseline(program.size_bytes())
+        learned = Corrections.learn(ctx.observations, baseline)
+        if not ctx.allow_slower:
+            refuse_measured_slower(sites, learned)
+        spent = self._fill_losses(program, ctx, sites)
+        limits = read_limits(budget, sites, baseline, learned, ctx.observations)
+        problem = make_problem(sites, limits, learned)
+        solution = solve(problem, gap=self.gap, seconds=self.seconds)
+        chosen = {
+            path: name
+            for one, index in zip(sites, solution.choice, strict=True)
+            for path, name in one.options[index].formats.items()
+        }
+        place(program, chosen, ctx)
+        kept = {p: n for p, n in program.plan.get("formats", {}).items() if p in chosen}
+        program.plan["choice"] = {
+            **explain(sites, left, problem, solution, limits, learned),
+            "budget": budget.texts(),
+            "baseline": {"size": baseline.size_bytes, "latency": limits.whole_ms},
+            "sensitivity": spent,
+            "round": len(ctx.observations) + 1,
+        }
+        skipped = [Skip(path, reason) for path, reason in left.items()]
+        skipped += [
+            Skip(layer.path, "the choice under the budget keeps it as it is")
+            for one, index in zip(sites, solution.choice, strict=True)
+            for layer in one.layers
+            if not one.options[index].formats
+        ]
+        return PassResult(
+            changed=bool(kept),
+            stats={
+                "layers": len(kept), "formats": kept, "groups": len(sites),
+                "candidates": sum(len(one.options) for one in sites), "status": solution.status,
+                "gap": min(solution.gap, 1e9), **spent,
+            },
+            skipped=skipped,
+        )  # fmt: skip
+
+    # ---- candidates
+
+    def _given(self) -> list[str]:
+        return [name.strip() for name in self.formats.split(",") if name.strip()]
+
+    def _sites(
+        self, program: Program, ctx: PassContext, budget: Budget
+    ) -> tuple[list[Sites], dict[str, str]]:
+        sites, left = read_sites(program, self.selects, self.min_size)
+        kinds = {layer.kind for one in sites for layer in one.layers}
+        # Between matrices of a transformer nothing but the matrices works on 8-bit values.
+        static = ctx.calibration is not None and "convolution" in kinds
+        names = {
+            kind: format_names(
+                kind, given=self._given(), with_static=static, with_half=asks_for_size(budget)
+            )
+            for kind in kinds
+        }
+        fill_options(program, sites, names, ctx.cost_model, allow_slower=ctx.allow_slower)
+        return sites, left
+
+    # ---- losses
+
+    def _fill_losses(
+        self, program: Program, ctx: PassContext, sites: Sequence[Sites]
+    ) -> dict[str, Any]:
+        """Fill in what every option costs in quality; how that was found, for the report."""
+        calls = [(program.args, program.kwargs)]
+        if ctx.calibration is not None:
+            calls = list(islice(ctx.calibration.for_part(program), self.batches))
+        kind = self.loss
+        if kind == "auto":
+            kind = "kl" if ctx.evaluate is not None else "cosine"
+        losses = Losses(program, ctx, calls, kind, place)
+        work = [(one, option_) for one in sites for option_ in one.options[1:]]
+        exact = self._exact_share(program, len(work), len(calls))
+        error: float | None = None
+        if exact >= 1:
+            for index, (_, option_) in enumerate(work):
+                ctx.progress.step(index, len(work), "formats of layers")
+                option_.loss = losses.exact(option_.formats)
+        else:
+            error = self._estimate_losses(program, ctx, sites, losses, exact, kind)
+        return {
+            "loss": kind, "batches": len(calls), "exact": losses.measured, "cached": losses.cached,
+            "estimated": sum(option_.loss_source == "estimated" for _, option_ in work),
+            "estimate_error": error,
+        }  # fmt: skip
+
+    def _exact_share(self, program: Program, swaps: int, batches: int) -> float:
+        """The share of swaps to measure exactly; decided by work, which no clock disturbs."""
+        if self.sensitivity == "exact" or not swaps:
+            return 1.0
+        # After a swap only what follows it runs again: half of the model on average.
+        work = swaps * batches * max(program.flops(), 1) / 2
+        share = self.exact_tflop * 1e12 / work
+        return min(share, 0.5) if self.sensitivity == "estimate" else share
+
+    def _estimate_losses(
+        self, program: Program, ctx: PassContext, sites: Sequence[Sites], losses: Losses,
+        share: float, kind: str,
+    ) -> float | None:  # fmt: skip
+        cheap = estimate(
+            program, losses.batches[0], [x for one in sites for x in one.layers], kind, ctx.seed
+        )
+        sample = _spread(len(sites), max(round(share * len(sites)), min(len(sites), 3)))
+        logs: dict[str, list[float]] = {}
+        for index, one in enumerate(sites):
+            ctx.progress.step(index, len(sites), "groups of layers")
+            ctx.check_time(f"estimating what formats of {one.name} cost")
+            layers = {layer.path: layer for layer in one.layers}
+            for option_ in one.options[1:]:
+                option_.loss = sum(cheap(layers[p], name) for p, name in option_.formats.items())
+                option_.loss_source = "estimated"
+                if index in sample:
+                    exact = losses.exact(option_.formats)
+                    if exact > 0 and option_.loss > 0:
+                        ratio = math.log(exact / option_.loss)
+                        logs.setdefault(option_.name, []).append(ratio)
+                    option_.loss, option_.loss_source = exact, "exact"
+        every = [value for found in logs.values() for value in found]
+        middle = median(every) if every else 0.0
+        for one in sites:
+            for option_ in one.options[1:]:
+                if option_.loss_source == "estimated":
+                    option_.loss *= math.exp(median(logs.get(option_.name) or [middle]))
+        return _held_out_error(logs)
+
+
+def _spread(total: int, wanted: int) -> set[int]:
+    """``wanted`` of ``total`` indices, evenly spread, ends included."""
+    if wanted >= total:
+        return set(range(total))
+    return {round(i * (total - 1) / max(wanted - 1, 1)) for i in range(wanted)}
+
+
+def _held_out_error(logs: Mapping[str, Sequence[float]]) -> float | None:
+    """Median factor, minus one, by which an estimate is off when corrected by the others only."""
+    off = []
+    for found in logs.values():
+        for index, value in enumerate(found):
+            others = [*found[:index], *found[index + 1 :]]
+            if others:
+                off.append(abs(value - median(others)))
+    return math.expm1(median(off)) if off else None
