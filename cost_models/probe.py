@@ -32,6 +32,8 @@ _BLOCK = 10
 _CHUNK_SECONDS = 20.0
 # A block whose sentinel took this much longer than the usual best is not believed.
 _DRIFT = 1.12
+# But that share of all timings is kept in any case.
+_KEPT = 0.4
 # What one run of a probe should take: long against the clock, short against a time slice.
 _RUN_SECONDS = 8e-4
 _PROBE_SECONDS = 0.025
@@ -194,7 +196,7 @@ class _Session:
 
     def next_chunk(self, rounds: int) -> list[int]:
         """Probes to time next: those timed least often first, in random order."""
-        limit = self._best_sentinel() * _DRIFT
+        limit = self._limit()
         good = [sum(t.is_good(limit) for t in timings) for timings in self._found]
         # A machine that is never quiet must not keep us for ever.
         todo = [
@@ -239,9 +241,15 @@ class _Session:
         """How many timings there are, of those wanted."""
         return sum(min(taken, rounds) for taken in self._taken[2:])
 
-    def _best_sentinel(self) -> float:
+    def _limit(self) -> float:
+        """The slowest sentinel whose block is believed.
+
+        On a machine that is disturbed most of the time, the quietest part has to do.
+        """
         seen = sorted(timing.sentinel for timings in self._found for timing in timings)
-        return seen[len(seen) // 10] if seen else math.inf
+        if not seen:
+            return math.inf
+        return max(_DRIFT * seen[len(seen) // 10], seen[int(_KEPT * len(seen))])
 
     def _call(self, run_us: float) -> CallOverhead:
         """The least of each part, since whatever disturbs makes it larger, and a bare run."""
@@ -254,7 +262,7 @@ class _Session:
         )
 
     def result(self, seconds: float) -> ProbeRun:
-        limit = self._best_sentinel() * _DRIFT
+        limit = self._limit()
         one, many = (min((t.us for t in self._found[i]), default=5.0) for i in (0, 1))
         tap = max((many - one) / (_MOST_COPIES - 1), 0.05)
         run = max(one - tap, 0.5)

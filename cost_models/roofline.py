@@ -82,13 +82,15 @@ class Roofline:
         rows: int = 1,
         geometry: Mapping[str, Any] | None = None,
         sharers: int = 1,
+        isolated: bool = True,
     ) -> Cost:
         """See ``mopt.cost.CostModel``."""
         from mopt.cost_models.layer_work import layer_works
 
         works = layer_works(
-            kind, shape, weight_format, rows=rows, geometry=geometry, sharers=sharers
-        )
+            kind, shape, weight_format, rows=rows, geometry=geometry, sharers=sharers,
+            isolated=isolated,
+        )  # fmt: skip
         costs = [self.cost(work) for work in works]
         # The runtime of an unmeasured device fuses a layer into one launch.
         launches = sum(self._launch(cost) for cost in costs[1:])
@@ -101,12 +103,15 @@ class Roofline:
         )  # fmt: skip
 
     def model_cost(
-        self, model: str | PathLike[str], sizes: Mapping[str, int] | None = None
+        self,
+        model: str | PathLike[str],
+        inputs: Mapping[str, Any] | None = None,
+        sizes: Mapping[str, int] | None = None,
     ) -> ModelCost:
         """See ``mopt.cost.CostModel``."""
         from mopt.cost_models.model_cost import model_cost
 
-        return model_cost(self, model, sizes)
+        return model_cost(self, model, inputs, sizes)
 
     # ---- one processor
 

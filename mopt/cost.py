@@ -169,24 +169,32 @@ class CostModel(Protocol):
         rows: int = 1,
         geometry: Mapping[str, Any] | None = None,
         sharers: int = 1,
+        isolated: bool = True,
     ) -> Cost:
         """What a layer costs in a format, with the work that the format brings.
 
         ``kind`` and ``shape`` are those of ``mopt.layers.Layer`` (the weight's shape); ``rows`` is
         the number of vectors the layer is applied to in one run. ``geometry`` describes a
-        convolution: ``batch``, ``output`` (sizes of the output), ``stride``, ``groups``. A group of
-        ``sharers`` layers that read the same activations (q, k, v; gate, up) shares the rounding
-        of them; the cost is that of one of them. Raises UsageError ``no-kernel`` for a format
-        that the device cannot compute with.
+        convolution: ``batch``, ``output`` (sizes of the output), ``stride``, ``groups``,
+        ``transposed``. A group of ``sharers`` layers that read the same activations (q, k, v; gate,
+        up) shares the rounding of them; the cost is that of one of them. ``isolated`` counts the
+        conversions of a statically quantized layer among float ones; without it its neighbours
+        compute in 8 bits too. Raises UsageError ``no-kernel`` for a format that the device cannot
+        compute with.
         """
         ...
 
     def model_cost(
-        self, model: str | PathLike[str], sizes: Mapping[str, int] | None = None
+        self,
+        model: str | PathLike[str],
+        inputs: Mapping[str, Any] | None = None,
+        sizes: Mapping[str, int] | None = None,
     ) -> ModelCost:
-        """What one run of a lowered model costs.
+        """What one run of a lowered model costs, after all fusions of the runtime.
 
-        ``model`` is the path of an ONNX file; ``sizes`` gives values to its named dimensions.
+        ``model`` is the path of an ONNX file, ``inputs`` arrays by name. Without them zeros are
+        taken, with ``sizes`` for its named dimensions. The model is loaded and run once to see
+        what is executed; nothing is timed.
         """
         ...
 
@@ -214,5 +222,18 @@ def combine(costs: Sequence[Cost], *, correlation: float = 0.5) -> Cost:
         total,
         math.sqrt(variance),
         None if None in energies else math.fsum(e for e in energies if e is not None),
-        max((cost.level for cost in costs if cost.milliseconds), key=LEVELS.index),
+        _level(costs, total),
     )
+
+
+def _level(costs: Sequence[Cost], total: float) -> Level:
+    """The least certain level that more than a tenth of the time rests on."""
+    share = dict.fromkeys(LEVELS, 0.0)
+    for cost in costs:
+        share[cost.level] += cost.milliseconds / total
+    below = 0.0
+    for level in reversed(LEVELS):
+        below += share[level]
+        if below > 0.1:
+            return level
+    return LEVELS[0]
