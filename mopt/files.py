@@ -27,9 +27,9 @@ from mopt.disk import (
     temporary_name,
     write_error,
 )
-from mopt.errors import InternalError, UsageError, quote
+from mopt.errors import InputError, InternalError, UsageError, quote
 from mopt.json_files import json_bytes
-from mopt.safe_read import check_name, open_file
+from mopt.safe_read import check_name, open_file, sha256_of
 
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 24
@@ -135,11 +135,21 @@ class FolderWriter:
         """Write ``value`` in the one form of ``mopt.json_files.json_bytes``."""
         self.write(name, json_bytes(value))
 
-    def copy(self, source: str | os.PathLike[str], name: str) -> None:
-        """Copy a regular file, byte for byte, to ``name``."""
+    def copy(self, source: str | os.PathLike[str], name: str, *, sha256: str | None = None) -> None:
+        """Copy a regular file, byte for byte, to ``name``.
+
+        With ``sha256`` the copy is read again and must have that hash, else InputError
+        ``write-failed``: for large files, which a full or failing disk damages first.
+        """
         with open_file(source) as file, self.create(name) as writer:
             for offset in range(0, file.size, _CHUNK):
                 writer.write(file.read_at(offset, min(_CHUNK, file.size - offset)))
+        if sha256 is not None and sha256_of(writer.path) != sha256:
+            raise InputError(
+                f"{quote(name)} was written but does not read back as it was",
+                code="write-failed",
+                hint="check the disk, or choose another folder",
+            )
 
     def reserve(self, needed: int) -> None:
         """Raise LimitError ``disk-full`` now if ``needed`` more bytes will not fit."""

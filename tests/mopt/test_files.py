@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from mopt.disk import Files, FileWriter, stale_temporaries, temporary_name, using
-from mopt.errors import InternalError, LimitError, MoptError, UsageError
+from mopt.errors import InputError, InternalError, LimitError, MoptError, UsageError
 from mopt.files import atomic_file, check_target, write_file_atomic, write_folder
+from mopt.safe_read import sha256_of
 
 OLD = {"manifest.json": b"old", "data.bin": b"x" * 100}
 NEW = {"sub/weights.bin": b"w" * 1000, "report.json": b'{\n  "a": 1\n}\n', "manifest.json": b"new"}
@@ -223,6 +224,16 @@ def test_library_files_and_modes(tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     plain.mkdir()
     assert (tmp_path / "out").stat().st_mode == plain.stat().st_mode
+
+
+def test_a_copy_is_read_again(tmp_path: Path) -> None:
+    put(tmp_path, {"a.bin": b"abc"})
+    with write_folder(tmp_path / "out") as out:
+        out.copy(tmp_path / "a.bin", "a.bin", sha256=sha256_of(tmp_path / "a.bin"))
+    with pytest.raises(InputError) as caught, write_folder(tmp_path / "two") as out:
+        out.copy(tmp_path / "a.bin", "a.bin", sha256="0" * 64)
+    assert caught.value.code == "write-failed"
+    assert not (tmp_path / "two").exists()
 
 
 def test_file_left_open_is_a_defect(tmp_path: Path) -> None:
