@@ -130,11 +130,12 @@ class RmsNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
+        self.compute = torch.float32
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Normalised in float32, scaled in the dtype of the input."""
+        """Normalised in ``compute``, scaled in the dtype of the input."""
         dtype = hidden_states.dtype
-        hidden_states = hidden_states.to(torch.float32)
+        hidden_states = hidden_states.to(self.compute)
         variance = hidden_states.pow(2).mean(-1, keepdim=True)
         hidden_states = hidden_states * torch.rsqrt(variance + self.eps)
         return self.weight * hidden_states.to(dtype)

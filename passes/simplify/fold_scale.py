@@ -162,7 +162,10 @@ def _crosses(node: fx.Node, source: fx.Node, factors: Factors) -> bool:
     """Whether scaling before or after ``node``, which reads ``source``, is the same."""
     if node.op != "call_function" or not node.args or node.args[0] is not source:
         return False
-    if node.meta["val"].dtype != source.meta["val"].dtype:
+    before, after = source.meta.get("val"), node.meta.get("val")
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        return False
+    if before.dtype != after.dtype:
         return False
     if factors.is_number:
         return moves_elements(node)

@@ -139,6 +139,11 @@ CASES = [
     ),
     # ---- what must stay
     Case("nothing-to-fold", tiny.mlp, changed=False),
+    Case(
+        "split-into-parts",
+        of(lambda m, x: (lambda y: m.a(y[0]) + m.a(y[1]))((x * 2).chunk(2, 1)), a=linear()),
+        changed=False,
+    ),
     Case("no-layer-beside-it", of(lambda m, x: (x * 2).sin()), changed=False),
     Case(
         "read-twice",
