@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +70,16 @@ def check_parity(program: Program, artifact: Artifact, captured: Program) -> Par
                     f"the lowered model fails on inputs of shapes {shapes}: {error}",
                     code="lowered-fails",
                 ) from error
-            _check_close(
-                program, expected, found,
-                lambda args=args, kwargs=kwargs: _tensors(captured.run(*args, **kwargs)),
-            )  # fmt: skip
+            _check_close(program, expected, found, partial(_outputs, captured, args, kwargs))
             meter.add(expected, found)
             sizes += 1
     finally:
         loaded.close()
     return Parity(meter.result(), sizes)
+
+
+def _outputs(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    return _tensors(program.run(*args, **kwargs))
 
 
 def _parity_inputs(program: Program) -> Iterable[tuple[tuple[Any, ...], dict[str, Any]]]:

@@ -55,7 +55,11 @@ def _solve_sorted(problem: Problem, gap: float, seconds: float) -> Solution:
     outcome = model.solve(start, gap, seconds)
     if outcome is None and start is None:
         return _nearest(problem, seconds, checks)
-    choice, status, bound = outcome or (start, "time", lagrangian_bound)
+    if outcome is not None:
+        choice, status, bound = outcome
+    else:
+        assert start is not None
+        choice, status, bound = start, "time", lagrangian_bound
     if start is not None and problem.total(start, problem.minimize) < problem.total(
         choice, problem.minimize
     ):
@@ -193,7 +197,8 @@ class _Model:
         if state not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
             return None
         choice = tuple(
-            max(range(len(row)), key=lambda c, row=row: row[c].varValue or 0.0) for row in self.x
+            max(range(len(row)), key=[one.varValue or 0.0 for one in row].__getitem__)
+            for row in self.x
         )
         if not self._elastic and self.problem.excess(choice):
             return None

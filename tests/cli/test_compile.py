@@ -213,7 +213,7 @@ def watched():
         (["--set", "store-half.dtype=fp16"], "pass-not-in-recipe", "the recipe runs"),
         (["--set", "bits=8"], "bad-set", "pass.option=value"),
         (["--set", "quantize-weights.bit=8"], "unknown-option", "did you mean 'bits'?"),
-        (["--set", "quantize-weights.bits=5"], "bad-option", "one of 2, 4, 8"),
+        (["--set", "quantize-weights.bits=5"], "bad-option", "one of 2, 3, 4, 8"),
         (["-b", "onx"], "unknown-backend", "did you mean 'onnx'?"),
         (["-t", "hots"], "unknown-target", "did you mean 'host'?"),
         (["--budget", "size<3MB"], "bad-budget", "<="),

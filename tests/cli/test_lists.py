@@ -31,7 +31,7 @@ def test_explain_prints_the_docstring_and_every_option(mopt: Call) -> None:
     assert "weights that share a scale" in row
     data = mopt("passes", "explain", "quantize-weights", "--json").document
     known = {option["name"]: option for option in data["options"]}
-    assert known["bits"]["choices"] == [2, 4, 8]
+    assert known["bits"]["choices"] == [2, 3, 4, 8]
     assert known["min_size"]["min"] == 0
     assert known["skip"]["default"] == ""
 
