@@ -168,8 +168,9 @@ def _fit_roofline(family: Family, points: Sequence[Point], guess: Rates) -> Rate
 
 
 def _rates(theta: np.ndarray) -> Rates:
-    *rates, overlap = (float(value) for value in np.exp(theta))
-    return Rates(*rates, max(overlap, 1.0))
+    values = [float(value) for value in np.exp(theta)]
+    values[-1] = max(values[-1], 1.0)
+    return Rates(*values)
 
 
 # ---- the Gaussian process

@@ -118,7 +118,7 @@ def _bind(session: Any, inputs: dict[str, Any]) -> Any:
 
 def _warm_up(session: Any, binding: Any) -> float:
     """Seconds of the fastest run among the first."""
-    taken = []
+    taken: list[float] = []
     while len(taken) < _WARMUP_RUNS or sum(taken) < _WARMUP_SECONDS:
         start = time.perf_counter()
         session.run_with_iobinding(binding)
