@@ -8,10 +8,10 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mopt.cost import CostModel
 from mopt.errors import UsageError
+from mopt.flops import size_hint
 from mopt.formats import find_format
 from mopt.formats.base import argument
 from mopt.layers import Layer, find_layers
@@ -196,7 +196,7 @@ def _latency(model: CostModel | None, layer: Layer, name: str, one: Sites) -> fl
 
 def _rows(layer: Layer, call: Any) -> int:
     """Vectors the layer is applied to, on the example inputs."""
-    shape = [int(size) for size in call.meta["val"].shape]
+    shape = [size_hint(size) for size in call.meta["val"].shape]
     if layer.kind == "convolution":
         return shape[0] * prod(shape[2:])
     return prod(shape[:-1])
@@ -205,11 +205,7 @@ def _rows(layer: Layer, call: Any) -> int:
 def _geometry(layer: Layer, call: Any) -> dict[str, Any] | None:
     if layer.kind != "convolution":
         return None
-    shape = [int(size) for size in call.meta["val"].shape]
-    source = call.args[0].meta["val"]
-    assert isinstance(source, Tensor)
-    # A layer's weight has shape (outputs, inputs / groups, ...), so its groups follow from the
-    # input; the other way round for transposed ones.
+    shape = [size_hint(size) for size in call.meta["val"].shape]
     transposed = "transpose" in str(call.target)
     groups = argument(call, 7 if transposed else 6, "groups") or 1
     stride = argument(call, 3, "stride") or 1

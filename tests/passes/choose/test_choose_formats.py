@@ -1,0 +1,272 @@
+"""choose-formats, with a cost model that is a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mopt.budget import Budget
+from mopt.cache import Cache
+from mopt.choice import Baseline, Observation
+from mopt.cost import Cost
+from mopt.errors import PassError, UsageError
+from mopt.pass_base import PassContext
+from mopt.pipeline import Pipeline
+from mopt.program import Program
+from mopt.registry import make_pass
+from tests import tiny
+from tests.case import Case
+
+# ms per million weights; convolutions cost as much as linears.
+SPEEDS = {"fp32": 1.0, "int8-dynamic": 0.4, "int8-g128": 0.6, "int4-g32": 0.5, "int4-g128": 0.5,
+          "int8-row": 0.2, "int8-qdq": 0.3}  # fmt: skip
+
+
+class TableModel:
+    """A cost model whose times are proportional to the number of weights."""
+
+    def __init__(self, **speeds: float) -> None:
+        self.speeds = SPEEDS | {name.replace("_", "-"): v for name, v in speeds.items()}
+        self.device = SimpleNamespace(id="table")
+
+    def layer_cost(
+        self, kind: str, shape: Sequence[int], weight_format: str = "fp32", *, rows: int = 1,
+        geometry: Mapping[str, Any] | None = None, sharers: int = 1,
+    ) -> Cost:  # fmt: skip
+        name = weight_format.removesuffix("-reduced")
+        if name not in self.speeds:
+            raise UsageError(f"no kernel for {name}", code="no-kernel")
+        return Cost(self.speeds[name] * math.prod(shape) / 1e6)
+
+
+def budget(*texts: str, **more: Any) -> dict[str, Any]:
+    return {"budget": Budget.parse(texts), "cost_model": TableModel(), **more}
+
+
+SMALL = {"min_size": 0}
+# Outputs of layers rounded to 8 bits are within a few hundredths; 4 bits cost about a tenth.
+CASES = [
+    Case("fastest", tiny.mlp(64, 64), True, SMALL, tolerance=0.05,
+         context=budget("minimize=latency", "quality>=0.999")),
+    Case("smallest", tiny.mlp(64, 64), True, SMALL, tolerance=0.4,
+         context=budget("minimize=size", "quality>=0.9")),
+    Case("half-size", tiny.mlp(64, 64), True, SMALL, tolerance=0.01,
+         context=budget("size<=0.52x", "minimize=loss")),
+    Case("decoder", tiny.decoder, True, SMALL, tolerance=0.1,
+         context=budget("latency<=0.7x")),
+    Case("nothing-to-gain", tiny.mlp(64, 64), False, SMALL, context=budget("minimize=loss"),
+         skipped="the choice under the budget keeps it as it is"),
+    Case("all-slower", tiny.mlp(64, 64), False, SMALL,
+         context=budget("minimize=latency", "quality>=0.9",
+                        cost_model=TableModel(**dict.fromkeys(
+                            ("int8_dynamic", "int8_g128", "int4_g32", "int4_g128"), 2.0)))),
+    Case("small-layers-stay", tiny.mlp(), False, context=budget("size<=0.5x"),
+         skipped="fewer than min_size 4096"),
+    Case("excluded-by-name", tiny.mlp(64, 64), False, SMALL | {"skip": "*"},
+         context=budget("minimize=size", "quality>=0.5"), skipped="layers and skip leave it out"),
+]  # fmt: skip
+
+
+def run(
+    program: Program, *texts: str, options: dict[str, Any] | None = None, **context: Any
+) -> Program:
+    ctx = PassContext(**budget(*texts, **context))
+    return Pipeline([make_pass("choose-formats", SMALL | (options or {}))]).run(program, ctx)
+
+
+def decoder() -> Program:
+    return tiny.decoder().capture()
+
+
+def test_layers_that_read_one_value_agree() -> None:
+    result = run(decoder(), "minimize=size", "quality>=0.995")
+    layers = result.plan["choice"]["layers"]
+    groups = [set(row["group"]) for row in layers.values()]
+    assert any(len(group) == 3 for group in groups)  # q, k, v
+    for row in layers.values():
+        assert len({layers[path]["option"] for path in row["group"]}) == 1
+
+
+def test_a_slower_format_is_refused_with_its_times_unless_allowed() -> None:
+    program = tiny.mlp(64, 64).capture()
+    model = TableModel(int8_dynamic=1.5, int4_g32=1.5, int4_g128=1.5, int8_g128=1.5)
+    strict = run(program, "size<=0.6x", cost_model=model)
+    refused = [row for layer in strict.plan["choice"]["layers"].values()
+               for row in layer["candidates"] if "reason" in row]  # fmt: skip
+    assert any("estimated slower: 0.0061" in row["reason"] for row in refused)
+    assert set(strict.plan["formats"].values()) == {"fp16"}
+    loose = run(
+        program, "size<=0.4x", cost_model=TableModel(int8_g32=1.5), allow_slower=True,
+        options={"formats": "int8-g32"},
+    )  # fmt: skip
+    assert set(loose.plan["formats"].values()) == {"int8-g32"}
+
+
+def test_the_plan_explains_every_layer() -> None:
+    plan = run(decoder(), "size<=0.4x").plan["choice"]
+    assert plan["status"] == "optimal"
+    assert plan["binding"] == ["size"]
+    assert plan["prices"]["size"] > 0
+    assert plan["estimated"]["size"] <= plan["limits"]["size"]
+    row = next(row for row in plan["layers"].values() if row["option"] != "original")
+    assert {"format", "size_bytes", "latency_ms", "loss"} <= set(row["candidates"][0])
+    assert row["runner_up"] != row["option"]
+    assert row["runner_up"] in row["why"]
+
+
+def test_a_budget_that_cannot_be_met_gives_the_nearest_point() -> None:
+    plan = run(tiny.mlp(64, 64).capture(), "size<=0.01x", "quality>=0.99").plan["choice"]
+    assert plan["status"] == "infeasible"
+    assert "size" in plan["excess"]
+    assert plan["least"]["size"] > plan["limits"]["size"]
+
+
+def test_what_was_measured_corrects_the_next_choice() -> None:
+    program = tiny.mlp(64, 64).capture()
+    first = run(program, "size<=0.3x")
+    seen = first.plan["choice"]["estimated"]
+    before = Baseline(program.size_bytes())
+    heavier = Observation(first.plan["formats"], seen, {"size": seen["size"] + 2000})
+    second = run(program, "size<=0.3x", observations=(heavier,), baseline=before)
+    assert second.plan["choice"]["round"] == 2
+    assert second.plan["choice"]["estimated"]["size"] <= 0.3 * before.size_bytes + 1
+    assert second.size_bytes() + 2000 <= 0.3 * before.size_bytes < first.size_bytes() + 2000
+    worse = Observation(first.plan["formats"], seen, {"loss": 50 * seen["raw_loss"]})
+    third = run(program, "minimize=size", f"quality>={1 - 4 * seen['raw_loss']}",
+                observations=(worse,))  # fmt: skip
+    assert third.plan["choice"]["corrections"]["loss"] == pytest.approx(50)
+    assert third.size_bytes() > first.size_bytes()
+
+
+def test_formats_that_lost_time_when_measured_are_dropped() -> None:
+    program = tiny.mlp(64, 64).capture()
+    first = run(program, "minimize=latency", "quality>=0.9")
+    assert set(first.plan["formats"].values()) == {"int8-dynamic"}
+    seen = Observation(
+        first.plan["formats"], first.plan["choice"]["estimated"], {"latency": 1.3},
+        {"latency": 1.0}, is_slower=True,
+    )  # fmt: skip
+    second = run(program, "minimize=latency", "quality>=0.9", observations=(seen,))
+    assert "int8-dynamic" not in second.plan["formats"].values()
+    row = next(iter(second.plan["choice"]["layers"].values()))
+    assert any("slower when measured" in c.get("reason", "") for c in row["candidates"])
+
+
+def test_another_budget_measures_nothing_twice(tmp_path: Path) -> None:
+    program, cache = decoder(), Cache(tmp_path)
+    first = run(program, "size<=0.5x", cache=cache).plan["choice"]["sensitivity"]
+    again = run(program, "size<=0.4x", cache=Cache(tmp_path)).plan["choice"]["sensitivity"]
+    assert first["exact"] > 0
+    assert first["cached"] == 0
+    assert again["exact"] == 0
+    assert again["cached"] == first["exact"]
+    other = tiny.decoder()
+    with torch.no_grad():
+        next(p for p in other.module.parameters() if p.dim() == 2).mul_(1.01)
+    changed = run(other.capture(), "size<=0.5x", cache=Cache(tmp_path)).plan["choice"]
+    assert changed["sensitivity"]["cached"] == 0
+
+
+def test_estimates_follow_the_exact_losses() -> None:
+    program = tiny.decoder(width=64).capture()
+    exact = run(program, "size<=0.4x", options={"sensitivity": "exact"}).plan["choice"]
+    cheap = run(
+        program, "size<=0.4x", options={"sensitivity": "estimate", "exact_tflop": 1e-9}
+    ).plan["choice"]
+    assert exact["sensitivity"]["estimated"] == 0
+    assert cheap["sensitivity"]["estimated"] > 0
+    assert cheap["sensitivity"]["exact"] < exact["sensitivity"]["exact"]
+    ratios = [
+        math.log(b["loss"] / a["loss"])
+        for path, row in exact["layers"].items()
+        for a, b in zip(row["candidates"], cheap["layers"][path]["candidates"], strict=True)
+        if a.get("loss", 0) > 0 and b.get("loss_source") == "estimated"
+    ]
+    # Half of them within a factor of two and a half: what the choice needs is their order.
+    assert sorted(map(abs, ratios))[len(ratios) // 2] < math.log(2.5)
+
+
+def test_a_swap_runs_only_what_follows_and_gives_the_same_loss() -> None:
+    from mopt.passes.choose._place import place
+    from mopt.passes.choose._sensitivity import Losses
+
+    program = decoder()
+    calls = [(program.args, program.kwargs)]
+    short = Losses(program, PassContext(), calls, "cosine", place)
+    whole = Losses(program, PassContext(max_memory_bytes=1), calls, "cosine", place)
+    path = next(p for p in run(program, "size<=0.4x").plan["formats"] if p.endswith(("up", "q")))
+    for name in ("int8-dynamic", "int4-g32"):
+        assert short.exact({path: name}) == whole.exact({path: name}) > 0
+
+
+def test_static_int8_for_convolutions_when_there_is_data() -> None:
+    from mopt.calibration import Calibration
+
+    program = tiny.small_cnn().capture()
+    data = Calibration([program.args], program)
+    result = run(program, "minimize=latency", "quality>=0.9", calibration=data)
+    assert "int8-qdq" in {n.removesuffix("-reduced") for n in result.plan["formats"].values()}
+
+
+def test_a_table_and_a_head_that_share_their_weight_share_the_format() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(64, 32)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(self.table(ids), self.table.weight)
+
+    from mopt.frontend import capture
+
+    program = capture(Tied().eval(), (torch.arange(8)[None],))
+    result = run(program, "minimize=size", "quality>=0.5")
+    names = {name.removesuffix("-reduced") for name in result.plan["formats"].values()}
+    assert names == {"int8-dynamic", "int8-row"}
+    # A quarter for the codes, stored once, and scales for rows of only 32 values.
+    assert result.size_bytes() < 0.35 * program.size_bytes()
+    assert any("stored a second time" in c.get("reason", "")
+               for row in result.plan["choice"]["layers"].values()
+               for c in row["candidates"])  # fmt: skip
+
+
+def test_a_budget_on_latency_needs_a_cost_model() -> None:
+    with pytest.raises(PassError, match="needs a cost model"):
+        run(tiny.mlp(64, 64).capture(), "latency<=0.5x", cost_model=None)
+
+
+def test_a_budget_on_energy_is_refused() -> None:
+    with pytest.raises(UsageError, match="no estimate of energy"):
+        run(tiny.mlp(64, 64).capture(), "energy<=5mJ")
+
+
+def test_unknown_formats_are_refused_at_once() -> None:
+    with pytest.raises(UsageError, match="no format is called 'int5'"):
+        make_pass("choose-formats", {"formats": "int5"})
+
+
+def test_losses_by_the_users_metric() -> None:
+    sample = tiny.mlp(64, 64)
+    program = sample.capture()
+
+    def evaluate(call: Any) -> float:
+        return (
+            -float((call(*sample.inputs) - sample.module(*sample.inputs)).detach().abs().mean())
+            - 1.0
+        )
+
+    result = run(program, "size<=0.4x", options={"loss": "metric"}, evaluate=evaluate)
+    assert result.plan["choice"]["estimated"]["loss"] > 0
+    without = PassContext(**budget("size<=0.4x"))
+    with pytest.raises(PassError, match="needs a metric"):
+        Pipeline([make_pass("choose-formats", {"loss": "metric"})]).run(
+            program, replace(without, evaluate=None)
+        )
