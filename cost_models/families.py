@@ -190,12 +190,17 @@ def _places(dims: Dims) -> tuple[int, int, int, int, int, int]:
     return places, inputs // groups, outputs // groups, groups, kernel, stride
 
 
-def _convolution_amount(weight_bytes: float, value_bytes: float) -> Callable[[Dims], Amount]:
+def _convolution_amount(
+    weight_bytes: float, value_bytes: float, block: int = 1
+) -> Callable[[Dims], Amount]:
     def amount(dims: Dims) -> Amount:
         places, inputs, outputs, groups, kernel, stride = _places(dims)
         read = places * stride**2 * inputs * groups
+        # Blocked kernels fill up their channels; a first layer of few inputs has its own.
+        wide = _up(inputs, block) if inputs >= block else inputs
+        full = outputs if groups > 1 else _up(outputs, block)
         return Amount(
-            2.0 * places * inputs * outputs * groups * kernel,
+            2.0 * places * wide * full * groups * kernel,
             weight_bytes * inputs * outputs * groups * kernel,
             value_bytes * read,
             value_bytes * places * outputs * groups,
@@ -375,7 +380,7 @@ _FAMILIES = (
         ((0.0, 2.0), (0.0, 4.0), (2.0, 9.5), (3.0, 9.5), (4.0, 7.0)), _draw_causal, 4,
     ),
     Family(
-        "convolution.fp32", "convolution", _convolution_amount(4, 4), _convolution_features,
+        "convolution.fp32", "convolution", _convolution_amount(4, 4, 16), _convolution_features,
         _CONV_BOX, _draw_convolution, 9,
     ),
     Family(
@@ -383,7 +388,7 @@ _FAMILIES = (
         ((4.0, 10.0), (2.0, 7.0), (0.0, 3.99), (0.0, 1.0)), _draw_depthwise, 3,
     ),
     Family(
-        "convolution.int8", "convolution", _convolution_amount(1, 1), _convolution_features,
+        "convolution.int8", "convolution", _convolution_amount(1, 1, 16), _convolution_features,
         _CONV_BOX, _draw_convolution, 7, "int8-qdq",
     ),
     Family(
@@ -411,6 +416,7 @@ _FAMILIES = (
     _rows("pointwise.column", "pointwise", 1, 2, 0.7),
     _rows("pointwise.rotary", "pointwise", 3, 2, 0.7),
     _rows("reduce.mean", "reduce", 1, 1, 0.7),
+    _rows("other.topk", "other", 8, 2, 0.5),
     _rows("move.transpose-last", "move", 0, 2, 0.8),
     _rows("move.concat", "move", 0, 2, 0.7),
     _rows("move.slice", "move", 0, 2, 0.7),

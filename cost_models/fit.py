@@ -92,7 +92,7 @@ def fit_family(
     for fold in range(folds):
         kept = [p for i, p in enumerate(points) if i % folds != fold]
         left_out = [p for i, p in enumerate(points) if i % folds == fold]
-        part = Predictor(family, _fit(family, kept, guess))
+        part = Predictor(family, _fit(family, kept, guess, whole))
         found, sure = part.many([p.dims for p in left_out])
         wrong = np.abs(np.log(found * 1e6 / np.array([p.microseconds for p in left_out])))
         errors.extend(wrong)
@@ -118,13 +118,16 @@ def _features(family: Family, dims: Sequence[Dims]) -> np.ndarray:
 # ---- least squares
 
 
-def _fit(family: Family, points: Sequence[Point], guess: Rates) -> FamilyFit:
+def _fit(
+    family: Family, points: Sequence[Point], guess: Rates, near: FamilyFit | None = None
+) -> FamilyFit:
+    """The fit to points; the search for smoothness starts at that of ``near``, if given."""
     rates = _fit_roofline(family, points, guess)
     dims = [p.dims for p in points]
     times = 1e-6 * np.array([p.microseconds for p in points])
     rest = np.log(times / roofline_seconds(rates, as_rows(family, dims)))
     own = np.array([p.noise for p in points])
-    lengths, signal, noise = _fit_process(_features(family, dims), rest, own)
+    lengths, signal, noise = _fit_process(_features(family, dims), rest, own, near)
     return FamilyFit(family.name, rates, lengths, signal, noise, 1.0, tuple(points))
 
 
@@ -168,9 +171,8 @@ def _fit_roofline(family: Family, points: Sequence[Point], guess: Rates) -> Rate
 
 
 def _rates(theta: np.ndarray) -> Rates:
-    values = [float(value) for value in np.exp(theta)]
-    values[-1] = max(values[-1], 1.0)
-    return Rates(*values)
+    rates = Rates(*(float(value) for value in np.exp(theta)))
+    return replace(rates, overlap=max(rates.overlap, 1.0))
 
 
 # ---- the Gaussian process
@@ -190,7 +192,7 @@ def _solve(factor: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def _fit_process(
-    inputs: np.ndarray, rest: np.ndarray, own_noise: np.ndarray
+    inputs: np.ndarray, rest: np.ndarray, own_noise: np.ndarray, near: FamilyFit | None
 ) -> tuple[tuple[float, ...], float, float]:
     """Lengths, signal and noise of largest posterior likelihood, by coordinate steps."""
     size = inputs.shape[1]
@@ -210,8 +212,10 @@ def _fit_process(
         belief = ((theta - start) / np.array([*[0.8] * size, 1.0, 0.7])) ** 2
         return fits - 0.5 * float(belief.sum())
 
-    theta = np.clip(start, low, high)
-    best, step = score(theta), 0.7
+    theta, step = np.clip(start, low, high), 0.7
+    if near is not None:
+        theta, step = np.log([*near.lengths, near.signal, near.noise]), 0.35
+    best = score(theta)
     while step > 0.1:
         moved = False
         for at in range(len(theta)):

@@ -38,7 +38,7 @@ def executed_cost(costs: _Costs, executed: ExecutedModel, call: CallOverhead) ->
     nodes, unknown = [], set()
     for node in executed.nodes:
         work = node_work(node)
-        if work.kind == "other":
+        if work.kind == "other" and not work.variant:
             unknown.add(node.operator)
         nodes.append(NodeCost(node.name, work, costs.cost(work)))
     overhead = call.milliseconds(len(executed.input_bytes), sum(executed.output_bytes))
@@ -47,7 +47,7 @@ def executed_cost(costs: _Costs, executed: ExecutedModel, call: CallOverhead) ->
 
 
 def node_work(node: ExecutedNode) -> Work:
-    """The work of one executed operator; kind ``other`` where only its bytes are known."""
+    """The work of one executed operator; without a ``variant`` where only its bytes are known."""
     operation = operation_of(node)
     path = layer_path(node)
     if operation.family == "":

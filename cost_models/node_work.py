@@ -269,6 +269,11 @@ def _scatter(node: ExecutedNode) -> Operation:
     return Operation("move.cast", (node.outputs[0].count,))
 
 
+def _topk(node: ExecutedNode) -> Operation:
+    shape = node.size(0)
+    return Operation("other.topk", (_rows(shape), shape[-1]))
+
+
 def _resize(node: ExecutedNode) -> Operation:
     shape = node.outputs[0].shape
     if len(shape) < 3:
@@ -341,6 +346,7 @@ _RULES: dict[str, Rule] = {
     "Gather": _gather,
     **dict.fromkeys(("GatherND", "GatherElements"), _gather_rows),
     **dict.fromkeys(("ScatterND", "ScatterElements"), _scatter),
+    "TopK": _topk,
     "LSTM": _recurrent("recurrent.lstm"),
     "GRU": _recurrent("recurrent.gru"),
 }  # fmt: skip

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -22,8 +21,7 @@ from typing import Any
 import onnxruntime as ort
 
 from mopt.bench_loop import die_with_parent
-from mopt.cost_models.probe_models import ProbeModel
-from mopt.cost_models.probe_operators import build_probe
+from mopt.cost_models.probe_models import ProbeModel, build_probe
 from mopt.cost_models.runtime import session_options
 from mopt.json_files import read_json
 
@@ -35,8 +33,6 @@ _LEAST_RUNS = 5
 # So many runs must have been left alone for their median to count.
 LEAST_QUIET = 3
 _MOST_RUNS = 300
-# Share of a run that the process must have had of the processors it may use.
-_UNDISTURBED = 0.93
 _CALL_VALUES = 1 << 19
 
 
@@ -81,12 +77,14 @@ def _time_one(
         copies = max(1, fitting)
     gc.disable()
     try:
-        times, disturbed = _time_runs(session, binding, job["probe_seconds"], job["workers"])
+        times, disturbed = _time_runs(session, binding, job["probe_seconds"])
     finally:
         gc.enable()
-    quiet = [t for t, bad in zip(times, disturbed, strict=True) if not bad]
+    quiet = sorted(t for t, bad in zip(times, disturbed, strict=True) if not bad)
     if len(quiet) >= LEAST_QUIET:
-        typical = statistics.median(quiet)
+        # A thread that got no processor at all has not waited yet, as the kernel counts, and the
+        # others did its work: of several threads' runs only the faster ones had them all.
+        typical = quiet[len(quiet) // (2 if job["workers"] == 1 else 4)]
     else:
         # Nothing was left alone: the fastest runs come nearest to what a quiet machine takes.
         typical = sorted(times)[len(times) // 8]
@@ -126,9 +124,7 @@ def _warm_up(session: Any, binding: Any) -> float:
     return min(taken)
 
 
-def _time_runs(
-    session: Any, binding: Any, seconds: float, workers: int
-) -> tuple[list[int], list[bool]]:
+def _time_runs(session: Any, binding: Any, seconds: float) -> tuple[list[int], list[bool]]:
     """Nanoseconds of runs, and whether each had to wait for a processor."""
     clock = time.perf_counter_ns
     waits = [os.open(f"/proc/self/task/{task}/schedstat", os.O_RDONLY) for task in _tasks()]
@@ -137,16 +133,10 @@ def _time_runs(
     end = clock() + int(seconds * 1e9)
     try:
         while (len(times) < _LEAST_RUNS or clock() < end) and len(times) < _MOST_RUNS:
-            waited, used = _waited(waits), time.process_time_ns()
-            begin = clock()
+            waited, begin = _waited(waits), clock()
             session.run_with_iobinding(binding)
-            taken = clock() - begin
-            used = time.process_time_ns() - used
-            times.append(taken)
-            # A thread that never got a processor has not waited yet, as the kernel counts; but
-            # then the threads, which spin while there is work, have used too little time.
-            idle = used < _UNDISTURBED * workers * taken
-            disturbed.append(idle or _waited(waits) > waited)
+            times.append(clock() - begin)
+            disturbed.append(_waited(waits) > waited)
     finally:
         for fd in waits:
             os.close(fd)

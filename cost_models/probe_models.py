@@ -12,6 +12,8 @@ Built with ONNX's own helpers, without torch, in milliseconds.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -114,7 +116,7 @@ def _type(dtype: np.dtype[Any]) -> int:
 
 
 Build = Callable[[ProbeModel, Dims], bytes]
-BUILDERS: dict[str, Build] = {}
+_builders: dict[str, Build] = {}
 
 
 def builds(*families: str) -> Callable[[Build], Build]:
@@ -122,7 +124,28 @@ def builds(*families: str) -> Callable[[Build], Build]:
 
     def register(function: Build) -> Build:
         for family in families:
-            BUILDERS[family] = function
+            _builders[family] = function
         return function
 
     return register
+
+
+def same_pads(*kernel: int) -> list[int]:
+    """Padding that keeps the size, as ONNX writes it."""
+    before = [(size - 1) // 2 for size in kernel]
+    return [*before, *(size - 1 - pad for size, pad in zip(kernel, before, strict=True))]
+
+
+def build_probe(family: str, dims: Dims, copies: int) -> tuple[bytes, dict[str, np.ndarray], int]:
+    """The serialized model of a probe, its inputs and its number of taps."""
+    model = ProbeModel(copies)
+    built = builders()[family](model, dims)
+    return built, model.inputs, model.taps
+
+
+@cache
+def builders() -> dict[str, Build]:
+    """Every builder by family."""
+    for module in ("probe_layers", "probe_values"):
+        import_module(f"mopt.cost_models.{module}")
+    return _builders
