@@ -211,7 +211,7 @@ def in_place(pool: Pool, x: int) -> None:
     """Reads a fresh value before and after a write to it, by itself and through a view."""
     fresh = pool.apply(x, torch.sin)
     seen = pool.apply(fresh, lambda v: v.view(v.shape))
-    before = pool.apply(fresh, lambda v: v * 2)
+    before = pool.apply(pool.draw(st.sampled_from([fresh, seen])), lambda v: v * 2)
     write = pool.draw(st.sampled_from([lambda v: v.relu_(), lambda v: v.add_(1)]))
     pool.apply(fresh, write)
     after = pool.apply(seen, lambda v: v * 2)
@@ -260,7 +260,7 @@ def convolution(pool: Pool, x: int) -> int:
     _, channels, height, width = pool.examples[x].shape
     kernel = pool.draw(st.integers(1, min(3, height, width)))
     groups = pool.draw(st.sampled_from([g for g in (1, 2, channels) if channels % g == 0]))
-    out = groups * pool.draw(st.integers(1, 3))
+    out = pool.draw(st.sampled_from([channels, groups, 3 * groups]))
     options = {
         "kernel_size": kernel, "padding": pool.draw(st.integers(0, kernel // 2)),
         "stride": pool.draw(st.integers(1, 2)), "groups": groups, "bias": pool.draw(st.booleans()),
@@ -294,6 +294,13 @@ def mlp(pool: Pool, x: int) -> None:
     middle = pool.apply(up, F.gelu)
     down = pool.call(pool.part(lambda: nn.Linear(hidden, width)), middle)
     pool.add(lambda m, v: v[x] + v[down])
+
+
+def scaled_activation(pool: Pool, x: int) -> None:
+    """A scale that a nonlinearity keeps apart from the layer before it."""
+    width = pool.examples[x].shape[-1]
+    up = pool.call(pool.part(lambda: nn.Linear(width, 8)), x)
+    pool.apply(pool.apply(up, F.gelu), lambda v: v * 0.5)
 
 
 def gated(pool: Pool, x: int) -> None:
@@ -368,16 +375,26 @@ OPERATORS: list[tuple[Callable[[Tensor], bool], _Grow]] = [
     (_varies, normalise), (_is_image, convolution), (_is_image, batch_norm),
 ]  # fmt: skip
 MOTIFS: list[tuple[Callable[[Tensor], bool], _Grow]] = [
-    (_is_rows, mlp), (_is_rows, gated), (_varies, normed_linears), (_is_rows, attention),
-    (_is_rows, scaled_projection), (_is_rows, called_twice), (_is_tokens, tied_table),
-    (_is_image, conv_bn_relu), (_is_image, shifted_image),
+    (_is_rows, mlp), (_is_rows, scaled_activation), (_is_rows, gated), (_varies, normed_linears),
+    (_is_rows, attention), (_is_rows, scaled_projection), (_is_rows, called_twice),
+    (_is_tokens, tied_table), (_is_image, conv_bn_relu), (_is_image, shifted_image),
 ]  # fmt: skip
 
 
 @st.composite
-def samples(draw: Callable[[Any], Any], max_steps: int = 10) -> Sample:
-    """A random module with inputs to capture it; half of them with a dynamic batch."""
-    kind = draw(st.sampled_from(["rows", "image", "tokens"]))
+def samples(draw: Callable[[Any], Any], max_steps: int = 10, motif: _Grow | None = None) -> Sample:
+    """A random module with inputs to capture it; half of them with a dynamic batch.
+
+    With a ``motif``, every module begins with it, on an input it accepts.
+    """
+    accepts = {function: accept for accept, function in [*OPERATORS, *MOTIFS]}
+    kinds = {"rows": _is_rows, "image": _is_image, "tokens": _is_tokens}
+    if motif is not None:
+        fitting = {_is_float: ["rows", "image"], _varies: ["rows"]}
+        named = [kind for kind, accept in kinds.items() if accept is accepts[motif]]
+        kind = draw(st.sampled_from(fitting.get(accepts[motif], named)))
+    else:
+        kind = draw(st.sampled_from(sorted(kinds)))
     dynamic = draw(st.booleans())
     batch = draw(st.integers(1, 3))
     if kind == "rows":
@@ -390,6 +407,8 @@ def samples(draw: Callable[[Any], Any], max_steps: int = 10) -> Sample:
     pool = Pool(draw, Generated(), [x])
     if kind == "tokens":
         tied_table(pool, 0)
+    elif motif is not None and accepts[motif](x):
+        motif(pool, 0)
     for _ in range(draw(st.integers(1, max_steps))):
         grow(pool)
     _choose_outputs(pool)

@@ -99,10 +99,10 @@ def test_errors_take_the_callers_class_and_the_line() -> None:
     ids=lambda d: repr(d[:12]),
 )
 def test_hostile_documents_are_refused_in_linear_time(data: bytes) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(MoptError):
         parse_json(data, name="x.json")
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(

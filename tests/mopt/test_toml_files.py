@@ -92,10 +92,10 @@ def test_headers_that_deepen_are_cheap() -> None:
     for _ in range(1500):
         parts.append("a")
         text.append("[" + ".".join(parts) + "]\n")
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(LimitError):
         parse_toml("".join(text), name="r.toml")
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 @pytest.mark.parametrize(
@@ -113,10 +113,10 @@ def test_headers_that_deepen_are_cheap() -> None:
     ids=lambda v: repr(v[:12]),
 )
 def test_hostile_sizes_stay_cheap(text: bytes) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with suppress(MoptError):
         parse_toml(text, name="r.toml")
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_mutated_documents_never_escape_as_other_errors() -> None:

@@ -294,10 +294,10 @@ def test_floods_of_small_fields_stay_cheap(tmp_path: Path) -> None:
     body = b"\x0a\x00" * 1_100_000
     raw = b"\x3a" + bytes([len(body) & 127 | 128, len(body) >> 7 & 127 | 128,
                            len(body) >> 14 & 127 | 128, len(body) >> 21]) + body  # fmt: skip
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(LimitError, match="more than 1000000 nodes"):
         check(tmp_path, raw)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_checking_takes_no_longer_than_the_limit(tmp_path: Path) -> None:

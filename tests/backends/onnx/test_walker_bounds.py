@@ -83,11 +83,11 @@ TOO_LARGE: dict[str, tuple[Callable[[], ModelProto], tuple[str, ...]]] = {
 @pytest.mark.parametrize("case", TOO_LARGE, ids=lambda c: c)
 def test_what_would_blow_up_is_refused(tmp_path: Path, case: str) -> None:
     make, limits = TOO_LARGE[case]
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(LimitError) as caught:
         check(tmp_path, make(), *limits)
     assert caught.value.code == "onnx-too-large"
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_what_is_within_the_limits_passes(tmp_path: Path) -> None:
