@@ -120,7 +120,7 @@ class ChannelStatistics:
 
     def add(self, value: Tensor) -> bool:
         """Take in a batch."""
-        rows = value.detach().movedim(self.axis, -1).reshape(-1, value.shape[self.axis]).double()
+        rows = value.detach().movedim(self.axis, -1).reshape(-1, value.shape[self.axis])
         if not bool(torch.isfinite(rows).all()):
             return False
         if self.rows == 0:
@@ -128,9 +128,9 @@ class ChannelStatistics:
             self._magnitude = torch.zeros_like(self.largest)
             self._sum = torch.zeros_like(self.largest)
         if len(rows):
-            self.largest = torch.maximum(self.largest, rows.abs().amax(0))
-        self._magnitude += rows.abs().sum(0)
-        self._sum += rows.sum(0)
+            self.largest = torch.maximum(self.largest, rows.abs().amax(0).double())
+        self._magnitude += rows.abs().sum(0, dtype=torch.float64)
+        self._sum += rows.sum(0, dtype=torch.float64)
         self.rows += len(rows)
         return True
 

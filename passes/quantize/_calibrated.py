@@ -37,12 +37,12 @@ def input_groups(layers: list[Layer]) -> list[Group]:
     return [Group(inputs, tuple(members)) for inputs, members in found.items()]
 
 
-def visit_groups(
+def visit_inputs(
     program: Program, stream: Stream, groups: list[Group]
-) -> Iterator[tuple[Group, Tensor]]:
-    """Each group with the second moment of what it reads, when the stream gets to it.
+) -> Iterator[tuple[Group, fx.Node, bool]]:
+    """Each group with what one of its calls reads, when the stream gets there, and if it was last.
 
-    A group that is called several times comes at its last call, with the mean over its calls.
+    A group that is called several times comes that often.
     """
     place = {node: at for at, node in enumerate(program.graph.nodes)}
     stops = []
@@ -50,15 +50,26 @@ def visit_groups(
         for turn, value in enumerate(group.inputs):
             call = min((layer.calls[turn] for layer in group.layers), key=place.__getitem__)
             stops.append((place[call], call, group, value))
-    moments: dict[tuple[fx.Node, ...], Tensor] = {}
     left = {group.inputs: len(group.inputs) for group in groups}
     for _, call, group, value in sorted(stops, key=lambda stop: stop[0]):
         stream.advance(call)
+        left[group.inputs] -= 1
+        yield group, value, left[group.inputs] == 0
+
+
+def visit_groups(
+    program: Program, stream: Stream, groups: list[Group]
+) -> Iterator[tuple[Group, Tensor]]:
+    """Each group with the second moment of what it reads, when the stream gets to it.
+
+    A group that is called several times comes at its last call, with the mean over its calls.
+    """
+    moments: dict[tuple[fx.Node, ...], Tensor] = {}
+    for group, value, last in visit_inputs(program, stream, groups):
         share = stream.second_moment(value) / len(group.inputs)
         known = moments.pop(group.inputs, None)
         moments[group.inputs] = share if known is None else known + share
-        left[group.inputs] -= 1
-        if left[group.inputs] == 0:
+        if last:
             yield group, moments.pop(group.inputs)
 
 

@@ -12,7 +12,7 @@ from mopt.formats.grid import min_max_grid
 from mopt.formats.int_rows import Int8Dynamic
 from mopt.observers import ChannelStatistics
 from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
-from mopt.passes.quantize._calibrated import NEEDS_DATA, visit_groups
+from mopt.passes.quantize._calibrated import NEEDS_DATA, visit_inputs
 from mopt.passes.quantize._scales import find_edges_to_scale, scale_edge
 from mopt.program import Program
 from mopt.streaming import Stream
@@ -63,12 +63,12 @@ class SmoothActivations(Pass):
         stream = Stream(program, ctx.calibration.for_part(program), ctx)
         found: dict[str, Tensor] = {}
         strengths: dict[str, float] = {}
-        for group, _ in visit_groups(program, stream, [edge.group for edge in edges]):
+        for group, value, _ in visit_inputs(program, stream, [edge.group for edge in edges]):
             edge = by_inputs[group.inputs]
             ctx.progress.step(len(strengths), len(edges), "edges")
             ctx.check_time(f"smoothing the inputs of {edge.path}")
             weights = [program.weight(layer.weight).float() for layer in group.layers]
-            values = stream.values(group.inputs[0])
+            values = stream.values(value)
             strengths[edge.path], factors = self._search(values, weights)
             if factors is not None:
                 found[edge.path] = factors
@@ -91,7 +91,8 @@ class SmoothActivations(Pass):
             return self.strength, smoothing_factors(seen.largest, largest, self.strength)
         share = max(1, self.rows // len(values))
         rows = torch.cat([_spread(value, share) for value in values])
-        best, error = (0.0, None), rounded_error(rows, weights, torch.ones_like(largest))
+        best: tuple[float, Tensor | None] = (0.0, None)
+        error = rounded_error(rows, weights, torch.ones_like(largest))
         for strength in _STRENGTHS:
             factors = smoothing_factors(seen.largest, largest, strength)
             tried = rounded_error(rows, weights, factors)
@@ -109,7 +110,8 @@ def smoothing_factors(activations: Tensor, weights: Tensor, strength: float) -> 
 def rounded_error(rows: Tensor, weights: list[Tensor], factors: Tensor) -> float:
     """Squared error of all outputs with activations and weights in int8 behind ``factors``.
 
-    Activations are rounded over one range for the whole of ``rows``, weights per output channel.
+    Activations are rounded over one range for the whole of ``rows``, weights per output channel to
+    all that occurs: of the search for ranges, factors change little.
     """
     form = Int8Dynamic()
     scaled = rows / factors
@@ -120,8 +122,11 @@ def rounded_error(rows: Tensor, weights: list[Tensor], factors: Tensor) -> float
     total = 0.0
     for weight in weights:
         columns = weight * factors
-        rounded = form.quantize_columns(columns, form.grid(columns), columns.shape[1], 0)
-        total += float((activations @ rounded.t() - rows @ weight.t()).double().square().sum())
+        grid = form.grid(columns, ranges="min-max")
+        rounded = form.quantize_columns(columns, grid, columns.shape[1], 0)
+        # One product for the difference: A'R - AW = (A' - AF)R + AF(R - WF), with F the factors.
+        wrong = (activations - scaled) @ rounded.t() + scaled @ (rounded - columns).t()
+        total += float(wrong.square().sum(dtype=torch.float64))
     return total
 
 
