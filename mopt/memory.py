@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 from mopt.errors import InputError, quote
-from mopt.storages import Piece, Storage, fold
+from mopt.memory_storage import Piece, Storage, fold
 
 __all__ = [
     "LARGEST",
