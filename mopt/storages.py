@@ -1,103 +1,165 @@
-"""Buffers that share memory, folded into the units that get an offset."""
+"""Which storage every value of a program lies in: views, aliases, writes and outputs resolved.
+
+A storage is the memory one call allocates; views, in-place results and parts of a list share it.
+Sizes are those of the example inputs: a program with dynamic shapes is traced for these only.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
 
-from mopt.errors import InputError, quote
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
 
-if TYPE_CHECKING:
-    from mopt.memory import Buffer
+from mopt.program import Program
+
+_NEEDS_VALUES = (
+    DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException,
+)  # fmt: skip
+
+
+class Origin(StrEnum):
+    """Who a storage belongs to: the caller, the program's weights, or the call that made it."""
+
+    INPUT = "input"
+    WEIGHT = "weight"
+    MADE = "made"
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Bytes ``[first, end)`` of a storage, counted from its offset, busy in ``[lower, upper)``."""
+class View:
+    """Where a tensor lies: its storage, first element, sizes, strides (in elements) and dtype."""
 
-    lower: int
-    upper: int
+    storage: int
     first: int
-    end: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the elements, each counted once for every index that reaches it."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
-class Storage:
-    """A buffer together with all that alias it: the unit that gets one offset.
+class StorageInfo:
+    """One storage: the node that brought it, its bytes, and whose it is."""
 
-    One that never needs a byte has no pieces and size 0.
+    maker: str
+    bytes: int
+    origin: Origin
+
+
+@dataclass
+class StorageTrace:
+    """The storages of one run, and for every node the views its value consists of."""
+
+    storages: list[StorageInfo] = field(default_factory=list)
+    views: dict[str, tuple[View, ...]] = field(default_factory=dict)
+    _known: dict[int, tuple[StorageWeakRef, int]] = field(default_factory=dict, repr=False)
+
+    def record(self, node: fx.Node, value: Any) -> None:
+        """Take up what a node gave; call it while the storages of earlier values still live."""
+        origin = {"placeholder": Origin.INPUT, "get_attr": Origin.WEIGHT}.get(node.op, Origin.MADE)
+        leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+        self.views[node.name] = tuple(self._view(node, leaf, origin) for leaf in leaves)
+
+    def _view(self, node: fx.Node, tensor: Tensor, origin: Origin) -> View:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        known = self._known.get(key)
+        # A new storage may lie where a freed one did.
+        if known is None or known[0].expired():
+            known = (StorageWeakRef(storage), len(self.storages))
+            self._known[key] = known
+            self.storages.append(StorageInfo(node.name, storage.nbytes(), origin))
+        return View(
+            known[1], int(tensor.storage_offset()), tuple(map(int, tensor.shape)),
+            tuple(map(int, tensor.stride())), tensor.dtype,
+        )  # fmt: skip
+
+    def of(self, node: fx.Node) -> set[int]:
+        """The storages that a node's own value lies in."""
+        return {view.storage for view in self.views.get(node.name, ())}
+
+    def touched(self, node: fx.Node) -> set[int]:
+        """The storages a node reads, writes, makes or looks at."""
+        found = self.of(node)
+        for source in node.all_input_nodes:
+            found |= self.of(source)
+        return found
+
+    def made_by(self, node: fx.Node) -> list[int]:
+        """The storages that a call brought into being."""
+        return [
+            s for s in sorted(self.of(node))
+            if self.storages[s].maker == node.name and self.storages[s].origin is Origin.MADE
+        ]  # fmt: skip
+
+
+def trace_storages(program: Program) -> StorageTrace:
+    """The storages of a run on the example inputs.
+
+    Nothing is computed, unless a size depends on values: then the program is run.
     """
-
-    id: str
-    members: tuple[str, ...]
-    size: int
-    alignment: int
-    pieces: tuple[Piece, ...]
-    tier: str
-    offset: int | None
-    hint: int | None
+    try:
+        return _trace_shapes(program)
+    except _NEEDS_VALUES:
+        trace = StorageTrace()
+        _Tracer(program.graph_module, trace.record, lambda tensor: tensor).start(program)
+        return trace
 
 
-def fold(base: Buffer, members: Sequence[Buffer]) -> Storage:
-    """The storage of ``base``; ``members`` are all that lie in it, itself included.
-
-    Raises InputError (``alias-mismatch``) where they are fixed at different offsets.
-    """
-    fixed = {b.offset for b in members if b.offset is not None}
-    if len(fixed) > 1:
-        raise InputError(
-            f"buffer {quote(base.id)} and its aliases are fixed at {len(fixed)} offsets",
-            code="alias-mismatch",
-        )
-    alignment = max(b.alignment for b in members)
-    if fixed and min(fixed) % alignment:
-        raise InputError(
-            f"buffer {quote(base.id)} is fixed at {min(fixed)}, no multiple of the alignment "
-            f"{alignment} of one of its aliases",
-            code="alias-mismatch",
-        )
-    hints = [b.hint for b in members if b.hint is not None]
-    pieces = tuple(_joined(_needs(base, members))) if base.size else ()
-    return Storage(
-        base.id,
-        tuple(b.id for b in members),
-        base.size if pieces else 0,
-        alignment,
-        pieces,
-        base.tier,
-        fixed.pop() if fixed else None,
-        hints[0] if hints else None,
-    )
+def _trace_shapes(program: Program) -> StorageTrace:
+    trace = StorageTrace()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        _Tracer(program.graph_module, trace.record, mode.from_tensor).start(program)
+    return trace
 
 
-def _needs(base: Buffer, members: Sequence[Buffer]) -> Iterator[Piece]:
-    """Which bytes are busy between any two events. Between its members' lives all are kept."""
-    ends = {t for b in members for t in (b.lower, b.upper)}
-    cuts = sorted(ends | {t for b in members for g in b.gaps for t in (g.lower, g.upper)})
-    for lower, upper in pairwise(cuts):
-        windows = [_window(b, lower, base.size) for b in members if b.lower <= lower < b.upper]
-        used = [w for w in windows if w] if windows else [(0, base.size)]
-        if used:
-            yield Piece(lower, upper, min(first for first, _ in used), max(end for _, end in used))
+class _Tracer(fx.Interpreter):
+    """Runs a graph on converted inputs and weights; every storage lives until the end."""
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        record: Callable[[fx.Node, Any], None],
+        convert: Callable[[Tensor], Tensor],
+    ) -> None:
+        super().__init__(module, garbage_collect_values=True)
+        self._record, self._convert = record, convert
+
+    def start(self, program: Program) -> None:
+        flat = program.flat_inputs(program.args, program.kwargs)
+        inputs = [self._convert(v) if isinstance(v, Tensor) else v for v in flat]
+        with torch.no_grad():
+            self.run(*inputs, enable_io_processing=False)
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.op == "get_attr" and isinstance(value, Tensor):
+            value = self._convert(value.detach())
+        if n.op != "output":
+            self._record(n, value)
+        return value
 
 
-def _window(buffer: Buffer, step: int, size: int) -> tuple[int, int] | None:
-    for gap in buffer.gaps:
-        if gap.lower <= step < gap.upper:
-            return gap.window
-    return (0, size)
-
-
-def _joined(pieces: Iterator[Piece]) -> Iterator[Piece]:
-    last: Piece | None = None
-    for piece in pieces:
-        if last and (last.upper, last.first, last.end) == (piece.lower, piece.first, piece.end):
-            last = Piece(last.lower, piece.upper, last.first, last.end)
-            continue
-        if last:
-            yield last
-        last = piece
-    if last:
-        yield last
+def tensor_inputs(node: fx.Node) -> Iterator[fx.Node]:
+    """The nodes whose values a node is given, each once."""
+    yield from dict.fromkeys(node.all_input_nodes)
