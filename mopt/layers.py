@@ -72,6 +72,22 @@ def find_layers(program: Program) -> list[Layer]:
     return layers
 
 
+def is_returned(call: fx.Node) -> bool:
+    """Whether the model returns this value: as it is, or in another shape, dtype or scale.
+
+    That is what makes a layer a head: nothing with weights, and no other value, comes after it.
+    """
+    waiting, seen = [call], {call}
+    while waiting:
+        for user in waiting.pop().users:
+            if user.op == "output":
+                return True
+            if user not in seen and len(user.all_input_nodes) == 1:
+                seen.add(user)
+                waiting.append(user)
+    return False
+
+
 def _weight_of(node: fx.Node) -> tuple[str, fx.Node] | None:
     if node.op != "call_function":
         return None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from mopt.errors import UsageError
 from mopt.formats import Encoded, GridFormat
 from mopt.formats.int_blocks import IntBlocks
-from mopt.layers import Layer
+from mopt.layers import Layer, is_returned
 from mopt.pass_base import Numerics, Pass, PassContext, PassResult, option, register_pass
 from mopt.passes.quantize._calibrated import NEEDS_DATA, encode_on_data, grid_for
 from mopt.passes.quantize._weights import encode_layers, is_small
@@ -38,6 +38,8 @@ class QuantizeWeights(Pass):
     Linear layers only. 2- and 8-bit weights need `activations = "int8"`: with float input ONNX
     Runtime is about a hundred times slower on a CPU. Layers whose input is much shorter than a
     group are left alone, because padding would take the gain.
+    Errors of the last layer go straight into what the model returns: `head_bits = 8` keeps the
+    layers whose result is returned at 8 bits.
 
     ## Example
     A linear of 384 x 384 in float32 (590 kB) becomes 92 kB at 4 bits in groups of 32.
@@ -54,13 +56,17 @@ class QuantizeWeights(Pass):
     activations: str = option(
         "int8", choices=("int8", "float"), help="whether a kernel may round the input to 8 bits"
     )
+    head_bits: int = option(
+        0, choices=(0, 4, 8), help="bits of the layers whose result the model returns; 0: as bits"
+    )
     min_size: int = option(4096, min=0, help="leave layers with fewer weights alone")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.activations == "float" and self.bits in (2, 8):
+        slow = {2, 8}.intersection((self.bits, self.head_bits))
+        if self.activations == "float" and slow:
             raise UsageError(
-                f"quantize-weights: bits is {self.bits} and activations is 'float', for which no "
+                f"quantize-weights: {slow.pop()} bits and activations='float', for which no "
                 "fast kernel exists",
                 code="no-kernel",
                 hint="use activations='int8', or bits=4",
@@ -73,11 +79,13 @@ class QuantizeWeights(Pass):
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         wanted = IntBlocks(self.bits, self.group, not self.symmetric, self.activations)
+        of_heads = replace(wanted, width=self.head_bits or self.bits)
 
         def choose(layer: Layer, weight: Tensor) -> IntBlocks | str:
             if layer.kind != "linear":
                 return f"only linear layers have a kernel for weights in groups, not {layer.kind}s"
-            return is_small(layer, self.min_size) or wanted
+            is_head = any(is_returned(call) for call in layer.calls)
+            return is_small(layer, self.min_size) or (of_heads if is_head else wanted)
 
         kinds = ("linear", "convolution", "embedding")
         if self.ranges == "output":

@@ -9,6 +9,7 @@ from torch import fx
 
 from mopt.formats.base import require_finite, shared_weight
 from mopt.formats.half import Half, widen_argument
+from mopt.layers import EMBEDDING
 from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
 from mopt.passes.quantize._weights import relative_error
 from mopt.program import Program, module_path, source_line
@@ -36,6 +37,7 @@ class StoreHalf(Pass):
     """
 
     dtype: str = option("fp16", choices=("fp16", "bf16"), help="what to store")
+    kinds: str = option("all", choices=("all", "embeddings"), help="which weights")
     min_size: int = option(1024, min=0, help="leave weights with fewer values alone")
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
@@ -52,6 +54,8 @@ class StoreHalf(Pass):
             paths = list(dict.fromkeys(_path(program, target, user) for user in users))
             path = paths[0]
             if not weight.is_floating_point() or not self.selects(path):
+                continue
+            if self.kinds == "embeddings" and not any(u.target in EMBEDDING for u in users):
                 continue
             require_finite(weight, path, source_line(users[0]))
             if weight.numel() < self.min_size:

@@ -68,6 +68,23 @@ def test_size_and_statistics() -> None:
     assert result.plan["formats"] == stats["formats"]
 
 
+def test_heads_keep_more_bits() -> None:
+    """The layer whose value is returned, through a reshape, but not one that others come after."""
+
+    def forward(m: Apply, x: Tensor) -> Tensor:
+        return m.head(torch.relu(m.body(x))).unflatten(-1, (2, 16)).softmax(-1)
+
+    module = Apply(forward, body=nn.Linear(64, 64), head=nn.Linear(64, 32))
+    program = capture(module.eval(), (normal(2, 64),))
+    formats = quantized(program, head_bits=8).plan["formats"]
+    assert formats == {"body": "int4-g32", "head": "int8-g32"}
+    residual = Apply(lambda m, x: x + m.body(x), body=nn.Linear(64, 64))
+    formats = quantized(capture(residual.eval(), (normal(2, 64),)), head_bits=8).plan["formats"]
+    assert formats == {"body": "int4-g32"}
+    with pytest.raises(UsageError, match="no fast kernel"):
+        make_pass("quantize-weights", {"activations": "float", "head_bits": 8})
+
+
 def test_mse_ranges_are_closer_than_min_max() -> None:
     program = tiny.decoder(width=64).capture()
     drifts = {r: quantized(program, ranges=r).steps[-1].drift for r in ("mse", "min-max")}

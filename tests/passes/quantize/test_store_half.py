@@ -47,6 +47,8 @@ CASES = [
     Case("bfloat16", tiny.mlp(), True, SMALL | {"dtype": "bf16"}, tolerance=8e-3),
     Case("small-cnn", tiny.small_cnn(), True, SMALL, tolerance=1e-3),
     Case("tied-table", tied, True, SMALL, tolerance=1e-3),
+    Case("embeddings-only", tiny.decoder, True, SMALL | {"kinds": "embeddings"}, tolerance=1e-3),
+    Case("no-embeddings", tiny.mlp(), False, SMALL | {"kinds": "embeddings"}),
     Case("any-reader", matrix_product, True, SMALL, tolerance=1e-3),
     Case("too-large-becomes-bfloat16", scaled(1e6), True, SMALL, tolerance=8e-3),
     Case("too-small-becomes-bfloat16", scaled(1e-8), True, SMALL, tolerance=8e-3),
