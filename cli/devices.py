@@ -96,8 +96,7 @@ def calibrate_command(out: Output, output: str | None, budget: float, threads: i
     machine disturbed are taken again. Best on a quiet machine.
     """
     from mopt.cli._progress import ConsoleProgress
-    from mopt.cost_models.calibrate import calibrate
-    from mopt.cost_models.host import store_profile
+    from mopt.device import calibrate_host, keep_host_profile
     from mopt.device_text import device_toml
     from mopt.errors import UsageError
     from mopt.files import write_file_atomic
@@ -109,7 +108,7 @@ def calibrate_command(out: Output, output: str | None, budget: float, threads: i
         )  # fmt: skip
     with ConsoleProgress(out) as progress:
         progress.stage("Calibrating")
-        profile = calibrate(budget, threads=threads, progress=progress)
+        profile = calibrate_host(budget, threads=threads, progress=progress)
         found = profile.calibration
         assert found is not None
         progress.end(f"{plural(sum(len(fit.points) for fit in found.fits), 'operator')} measured")
@@ -119,7 +118,7 @@ def calibrate_command(out: Output, output: str | None, budget: float, threads: i
     else:
         kept = "the target host" if threads is None else ""
         if kept:
-            store_profile(profile)
+            keep_host_profile(profile)
     if out.as_json:
         out.document({"profile": output, **_calibration(found)})
         return

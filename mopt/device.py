@@ -197,3 +197,25 @@ def find_device(
             return profile
         names.update((profile.id, *profile.aliases))
     raise unknown_name("device", text, names, "mopt devices list")
+
+
+def calibrate_host(
+    seconds: float, *, threads: int | None = None, progress: Progress | None = None
+) -> DeviceProfile:
+    """Measure this machine for about ``seconds``; see ``mopt.cost_models.calibrate``.
+
+    Raises LimitError ``calibration-failed`` where too little could be measured.
+    """
+    from importlib import import_module
+
+    made = import_module("mopt.cost_models.calibrate")
+    profile: DeviceProfile = made.calibrate(seconds, threads=threads, progress=progress)
+    return profile
+
+
+def keep_host_profile(profile: DeviceProfile) -> Path:
+    """Make a calibration of this machine what ``host`` is from now on; where it is kept."""
+    from importlib import import_module
+
+    path: Path = import_module("mopt.cost_models.host").store_profile(profile)
+    return path
