@@ -58,6 +58,7 @@ def _layer(report: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
         "group": [str(path) for path in row.get("group", [])],
         "candidates": [
             {"format": str(c["format"]), **{name: float(c[name]) for name in numbers},
+             "latency_source": str(c.get("latency_source", "estimated")),
              "loss_source": str(c["loss_source"])}
             for c in candidates
         ],
@@ -79,7 +80,7 @@ def _show_layer(out: Output, data: Mapping[str, Any]) -> None:
         mark = {data["chosen"]: "chosen", data["runner_up"]: "runner-up"}.get(row["format"], "")
         rows.append([
             mark, row["format"], disk_size(int(row["size_bytes"])),
-            f"{milliseconds(row['latency_ms'])} estimated",
+            f"{milliseconds(row['latency_ms'])} {row['latency_source']}",
             f"{100 * row['loss']:.3g} % {'measured' if row['loss_source'] == 'exact' else 'est.'}",
         ])  # fmt: skip
     rows.sort(key=lambda row: ("chosen", "runner-up", "").index(row[0]))

@@ -27,7 +27,7 @@ from mopt.cli._output import Output
 from mopt.cli._progress import ConsoleProgress
 from mopt.cli._summary import show_result
 from mopt.cli._text import seconds
-from mopt.errors import BudgetNotMet, unknown_name
+from mopt.errors import BudgetNotMet
 from mopt.files import check_target
 from mopt.model_source import (
     check_data_reference,
@@ -179,13 +179,10 @@ def _load(
 
 def _check_choices(recipe: Recipe, options: dict[str, Any]) -> None:
     """Refuse what can be refused before the model is loaded, which may take long."""
-    from mopt.driver import TARGETS
-    from mopt.registry import find_backend
+    from mopt.driver import find_target
 
     recipe.passes()
-    find_backend(options["backend"])
-    if options["target"] not in TARGETS:
-        raise unknown_name("target", options["target"], TARGETS, "mopt compile --help")
+    find_target(options["target"], options["backend"])
 
 
 def _compile(

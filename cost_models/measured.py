@@ -7,7 +7,7 @@ from dataclasses import replace
 from os import PathLike
 from typing import Any
 
-from mopt.cost import Cost, ModelCost, Work, combine
+from mopt.cost import Cost, LayerRequest, ModelCost, Report, Work, combine
 from mopt.cost_models.families import families
 from mopt.cost_models.fit import Predictor
 from mopt.cost_models.roofline import Roofline
@@ -45,6 +45,9 @@ class MeasuredModel:
             return replace(spec, uncertainty=_UNSURE_TRANSFERRED, level="transferred")
         seconds, error = predictor.seconds(work.shape)
         return replace(spec, milliseconds=1e3 * seconds, uncertainty=error, level="calibrated")
+
+    def prepare(self, requests: Sequence[LayerRequest], report: Report | None = None) -> None:
+        """Nothing: all that is known is in the profile."""
 
     def layer_cost(
         self,

@@ -99,7 +99,7 @@ def plan_probes(count: int, roofline: Roofline, names: Sequence[str] | None = No
             dims = family.draw(_point(family, index, wanted))
             if (family.name, dims) not in probes:
                 probes[family.name, dims] = Probe(
-                    family.name, dims, _copies(family, dims, roofline)
+                    family.name, dims, plan_copies(family, dims, roofline)
                 )
                 found += 1
             if found >= wanted:
@@ -128,7 +128,7 @@ def _radical_inverse(index: int, base: int) -> float:
     return value
 
 
-def _copies(family: Family, dims: Dims, roofline: Roofline) -> int:
+def plan_copies(family: Family, dims: Dims, roofline: Roofline) -> int:
     amount = family.amount(dims)
     work = Work(
         family.kind, amount.flops, amount.weight_bytes, amount.activation_bytes,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
-from mopt.cost import Cost, ModelCost, Work
+from mopt.cost import Cost, LayerRequest, ModelCost, Report, Work
 from mopt.device import DeviceProfile, Processor
 from mopt.errors import UsageError
 
@@ -72,6 +72,9 @@ class Roofline:
         turns = [turn for p in others if (turn := self._crossover(mine, p, work)) is not None]
         nearest = min(turns, key=lambda t: abs(math.log(t / work.ops_per_byte)), default=None)
         return Placement(chosen, work.ops_per_byte, nearest)
+
+    def prepare(self, requests: Sequence[LayerRequest], report: Report | None = None) -> None:
+        """Nothing: all that is known is in the profile."""
 
     def layer_cost(
         self,

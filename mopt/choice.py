@@ -26,7 +26,8 @@ class Observation:
     Both map ``size`` (bytes), ``latency`` (ms), ``memory`` (bytes) and ``loss`` (share of quality
     lost) to values; a quantity that was not measured is absent. ``baseline`` has the uncompressed
     model's measured values. ``is_slower`` says that it lost against the uncompressed model beyond
-    noise. ``formats`` are the formats by layer.
+    noise. ``formats`` are the formats by layer. ``speed_band`` are the ends of the interval of the
+    measured ratio of times, compressed over uncompressed.
     """
 
     formats: Mapping[str, str]
@@ -34,3 +35,4 @@ class Observation:
     measured: Mapping[str, float]
     baseline: Mapping[str, float] = field(default_factory=dict)
     is_slower: bool = False
+    speed_band: tuple[float, float] | None = None

@@ -9,18 +9,20 @@ model.model_cost("out/model/model.onnx").milliseconds
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
+    from mopt.cache import Cache
     from mopt.device import DeviceProfile
 
 # Where an estimate comes from, from the most to the least certain: timed as it is; from a model
 # fitted to this machine; the same for an operator that was never timed there; from data sheets.
 Level = Literal["measured", "calibrated", "transferred", "data-sheet"]
+Report = Callable[[int, int], None]
 LEVELS: tuple[Level, ...] = ("measured", "calibrated", "transferred", "data-sheet")
 # Half width of a 90 % band in standard errors of the logarithm.
 _BAND = 1.645
@@ -151,10 +153,30 @@ class ModelCost:
         }
 
 
+@dataclass(frozen=True)
+class LayerRequest:
+    """The arguments of ``CostModel.layer_cost``, to be announced before it is called."""
+
+    kind: str
+    shape: tuple[int, ...]
+    weight_format: str = "fp32"
+    rows: int = 1
+    geometry: Mapping[str, Any] | None = None
+    sharers: int = 1
+
+
 class CostModel(Protocol):
     """Estimates for one device."""
 
     device: DeviceProfile
+
+    def prepare(self, requests: Sequence[LayerRequest], report: Report | None = None) -> None:
+        """Announce layers and formats whose costs will be asked for.
+
+        A model of this machine may time them now, all in one go; others do nothing.
+        ``report(done, total)`` is called on the way.
+        """
+        ...
 
     def cost(self, work: Work) -> Cost:
         """What one operator costs."""
@@ -199,10 +221,18 @@ class CostModel(Protocol):
         ...
 
 
-def cost_model(device: DeviceProfile) -> CostModel:
-    """The best model there is for a device: fitted to measurements if it has any, else roofline."""
+def cost_model(
+    device: DeviceProfile, *, timed: bool = False, cache: Cache | None = None,
+    threads: int | None = None,
+) -> CostModel:  # fmt: skip
+    """The best model there is for a device: fitted to measurements if it has any, else roofline.
+
+    ``timed`` times the operators it is asked about on this machine, if that is the device: with so
+    many ``threads``, keeping what it finds in ``cache``.
+    """
     # Found by name, as backends are: the core imports no cost model.
-    made: CostModel = import_module("mopt.cost_models.select").cost_model(device)
+    select = import_module("mopt.cost_models.select")
+    made: CostModel = select.cost_model(device, timed=timed, cache=cache, threads=threads)
     return made
 
 

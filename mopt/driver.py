@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from mopt import __version__
 from mopt.budget import Budget
 from mopt.cache import Cache
 from mopt.calibration import Calibration
 from mopt.choice import Baseline, Observation
 from mopt.cost import cost_model
-from mopt.device import find_device
+from mopt.device import DeviceProfile, find_device
 from mopt.errors import BudgetNotMet, UsageError
+from mopt.estimates import Estimator, add_estimates
 from mopt.frontend import capture
-from mopt.layers import find_layers
 from mopt.lowering import Artifact, lower
-from mopt.machine import machine_fingerprint
+from mopt.measure import Side
 from mopt.pass_base import Pass, PassContext, Progress
 from mopt.pipeline import Pipeline, Step
 from mopt.program import Program
 from mopt.proof import (
     QUALITY_BATCHES,
-    Parity,
     Quality,
     Timing,
     check_parity,
@@ -40,7 +35,8 @@ from mopt.proof import (
 )
 from mopt.recipe import Recipe
 from mopt.registry import find_backend
-from mopt.report import SCHEMA, Report
+from mopt.report import Report
+from mopt.report_data import report_data
 from mopt.rounds import Attempt, choice_data, close_loop, nearest_point
 
 BASELINE = "none"
@@ -48,7 +44,10 @@ BASELINE = "none"
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure: ``threads`` None means what the runtime picks."""
+    """How to measure: ``threads`` None means what the runtime picks.
+
+    Nothing is measured for a target that is another machine, whatever ``measure`` says.
+    """
 
     measure: bool = True
     measure_seconds: float = 20.0
@@ -82,7 +81,8 @@ def compile(
     iterable of such inputs; ``evaluate(run)`` returns the quality of a callable with the model's
     inputs (see ``mopt.quality.evaluate_metric``). The model itself is left unchanged. ``recipe`` is
     "auto" where a budget is given and "int8-dynamic" where none is; ``allow_slower`` lets "auto"
-    give a result that is slower than the uncompressed model.
+    give a result that is slower than the uncompressed model. ``target`` is a device
+    (``mopt devices list``); for one that is not this machine, times are estimates.
 
     Raises a MoptError: UsageError and InputError for what was given, CaptureError, PassError and
     LoweringError for what could not be done, BudgetNotMet (with the artifact) when the measured
@@ -97,11 +97,8 @@ def compile(
     wanted = Budget.parse(budget)
     chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe or wanted.default_recipe)
     passes = chosen.passes()
-    find_backend(backend)
-    if target not in TARGETS:
-        raise UsageError(
-            f"no target is called {target!r}", code="unknown-target", hint=f"known: {TARGETS}"
-        )
+    device = find_target(target, backend)
+    settings = replace(settings, measure=settings.measure and device.is_host)
 
     progress.stage("Capturing")
     program = capture(model, example_inputs, dynamic_shapes, require_coverage=require_coverage)
@@ -119,17 +116,23 @@ def compile(
         seed=seed,
         deadline=started + 60 * max_minutes if max_minutes else None,
     )
-    if any(one.chooses for one in passes):
+    chooses = any(one.chooses for one in passes)
+    cache = Cache() if chooses else None
+    costs = cost_model(
+        device, timed=chooses and settings.measure, cache=cache, threads=settings.threads
+    )
+    if chooses:
         context = replace(
-            context, backend=backend, budget=wanted, allow_slower=allow_slower, cache=Cache(),
-            cost_model=cost_model(find_device(target)),
+            context, backend=backend, budget=wanted, allow_slower=allow_slower, cache=cache,
+            cost_model=costs,
         )  # fmt: skip
     maker = _Maker(
-        program, passes, tuple(callbacks), context, chosen, backend, target, settings, evaluate
-    )
+        program, passes, tuple(callbacks), context, chosen, backend, target, settings, evaluate,
+        Estimator(device, costs),
+    )  # fmt: skip
     baseline_artifact = maker.baseline_artifact
     story: list[dict[str, Any]] = []
-    if any(one.chooses for one in passes):
+    if chooses:
         attempt, story = close_loop(
             maker.compress, maker.attempt, maker.base.copy, wanted, baseline_artifact,
             allow_slower=allow_slower,
@@ -137,16 +140,37 @@ def compile(
     else:
         attempt = maker.attempt(maker.compress(()))
     artifact = attempt.artifact
-    artifact.report = Report(
-        _report_data(
-            program, attempt.result, baseline_artifact, artifact, attempt.parity, attempt.quality,
-            attempt.timing, chosen, wanted, seed, target,
-        )
-        | choice_data(attempt, story)
+    data_found = report_data(
+        program, attempt.result, baseline_artifact, artifact, attempt.parity, attempt.quality,
+        attempt.timing, chosen, wanted, seed, target,
+    ) | choice_data(attempt, story)  # fmt: skip
+    add_estimates(
+        data_found, device, maker.baseline_cost, attempt.cost, attempt.result.size_bytes(),
+        attempt.result.plan.get("choice"),
     )  # fmt: skip
-    _add_estimates(artifact.report.data, attempt.result.plan.get("choice"))
+    artifact.report = Report(data_found)
     _check_budget(wanted, attempt, baseline_artifact)
     return artifact
+
+
+def find_target(target: str, backend: str) -> DeviceProfile:
+    """The device ``target``, for which ``backend`` can lower.
+
+    Raises UsageError ``unknown-device``, ``unknown-backend`` or ``target-backend``, InputError for
+    a profile that is not sound.
+    """
+    device = find_device(target)
+    find_backend(backend)
+    if not (device.is_host or backend in device.backends):
+        able = ", ".join(device.backends)
+        raise UsageError(
+            f"the backend {backend!r} does not lower for {device.id}"
+            + (f"; it takes {able}" if able else ", and neither does any other here"),
+            code="target-backend",
+            hint=f"-b {device.backends[0]}" if able
+            else f"mopt pareto -t {target} estimates for it without lowering",
+        )  # fmt: skip
+    return device
 
 
 class _Maker:
@@ -155,7 +179,7 @@ class _Maker:
     def __init__(
         self, program: Program, passes: list[Pass], watchers: tuple[Callable[[Step], None], ...],
         context: PassContext, recipe: Recipe, backend: str, target: str, settings: Settings,
-        evaluate: Callable[..., Any] | None,
+        evaluate: Callable[..., Any] | None, estimator: Estimator,
     ) -> None:  # fmt: skip
         self.program, self.context, self.recipe = program, context, recipe
         self.backend, self.target, self.settings = backend, target, settings
@@ -167,13 +191,21 @@ class _Maker:
         self.base = Pipeline(self._common, watchers if self._shared else ()).run(program, context)
         self.baseline_artifact = lower(self.base, backend, target=target)
         check_parity(self.base, self.baseline_artifact, program)
+        self.estimator = estimator
+        context.progress.step(0, 1, "estimates of the uncompressed model")
+        self.baseline_cost = estimator.cost(self.baseline_artifact)
+        self._quality: Quality | None = None
+        self._eager: Side | None = None
 
     def compress(self, seen: tuple[Observation, ...]) -> Program:
         """The program after all passes, which are told what came of earlier results."""
         if seen:
             self.context.progress.stage("Choosing again")
-        size = self.baseline_artifact.size_bytes
-        context = replace(self.context, observations=seen, baseline=Baseline(size))
+        before = self.baseline_cost
+        baseline = Baseline(
+            self.baseline_artifact.size_bytes, before.milliseconds if before else None
+        )
+        context = replace(self.context, observations=seen, baseline=baseline)
         if self._shared:
             rest = Pipeline(self.passes[len(self._common) :], self.watchers)
             result = rest.run(self.base, context, reference=self.program)
@@ -195,11 +227,16 @@ class _Maker:
         progress.end(f"{self.backend}, checked at {parity.sizes} input sizes")
         progress.stage("Checking", "quality")
         batches = list(islice(data, QUALITY_BATCHES)) if data is not None else []
-        quality = measure_quality(self.program, artifact, self.evaluate, batches, progress)
+        quality = measure_quality(
+            self.program, artifact, self.evaluate, batches, progress, self._quality
+        )
+        self._quality = quality
         batch_word = "batch" if quality.batches == 1 else "batches"
         metric_word = f", {quality.result.name}" if quality.result else ""
         progress.end(f"outputs on {quality.batches} {batch_word}{metric_word}")
-        return Attempt(result, artifact, parity, quality, self._timing(artifact))
+        timing = self._timing(artifact)
+        cost = self.estimator.cost(artifact)
+        return Attempt(result, artifact, parity, quality, timing, cost, self.baseline_cost)
 
     def _timing(self, artifact: Artifact) -> Timing | None:
         settings, progress = self.settings, self.context.progress
@@ -207,16 +244,16 @@ class _Maker:
             return None
         progress.stage("Measuring")
         beside = settings.eager_beside and _fits_eager(self.program)
-        eager = lower(self.program, "eager") if beside else None
+        eager: Artifact | Side | None = self._eager
+        if eager is None and beside:
+            eager = lower(self.program, "eager")
         timing = measure_speed(
             self.baseline_artifact, artifact, eager, threads=settings.threads,
             seed=self.context.seed, max_seconds=settings.measure_seconds, progress=progress,
         )  # fmt: skip
+        self._eager = timing.eager
         progress.end(f"{timing.comparison.pairs} alternated pairs of fresh processes")
         return timing
-
-
-TARGETS = ("host", "cpu")
 
 
 def _count(number: float) -> str:
@@ -228,131 +265,6 @@ def _count(number: float) -> str:
 
 def _fits_eager(program: Program) -> bool:
     return not find_backend("eager").unsupported(program)
-
-
-def _report_data(
-    program: Program,
-    result: Program,
-    baseline: Artifact,
-    artifact: Artifact,
-    parity: Parity,
-    quality: Quality,
-    timing: Timing | None,
-    recipe: Recipe,
-    budget: Budget,
-    seed: int,
-    target: str,
-) -> dict[str, Any]:
-    coverage = program.coverage
-    return {
-        "schema": SCHEMA,
-        "mopt": __version__,
-        "model": program.name,
-        "target": target,
-        "backend": artifact.manifest["backend"],
-        "recipe": recipe.name,
-        "recipe_toml": recipe.to_toml(full=True),
-        "seed": seed,
-        "budget": budget.texts(),
-        "parameters": program.parameter_count(),
-        "flops": program.flops(),
-        "coverage": {
-            "parameters": coverage.parameters,
-            "flops": coverage.flops,
-            "outside": [
-                {"path": part.path, "reason": part.reason, "source": _relative(part.source),
-                 "parameters": part.parameters, "flops": part.flops}
-                for part in coverage.outside
-            ],
-        },
-        "baseline": _side(baseline, timing, "reference"),
-        "result": _side(artifact, timing, "candidate"),
-        "speed": _speed(timing),
-        "parity": parity.as_json(),
-        "quality": quality.as_json(),
-        "layers": _layer_rows(program, result),
-        "steps": [step.as_json() for step in result.steps],
-        "environment": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "machine": machine_fingerprint(),
-        },
-    }  # fmt: skip
-
-
-def _side(artifact: Artifact, timing: Timing | None, side: str) -> dict[str, Any]:
-    stats = getattr(timing.comparison, side) if timing else None
-    return {
-        "size_bytes": artifact.size_bytes,
-        "peak_bytes": {"measured": stats.peak_bytes if stats else None, "estimated": None},
-        "latency_ms": {"measured": stats.median_ms if stats else None, "estimated": None},
-    }
-
-
-def _speed(timing: Timing | None) -> dict[str, Any] | None:
-    if timing is None:
-        return None
-    found = timing.comparison
-    return {
-        "ratio": found.ratio,
-        "ratio_low": found.low,
-        "ratio_high": found.high,
-        "confidence": found.confidence,
-        "pairs": found.pairs,
-        "stopped": found.stopped,
-        "is_different": found.is_different,
-        "overlapped": found.overlapped,
-        "eager_ms": timing.eager.median_ms if timing.eager else None,
-        "method": "alternated pairs of fresh processes; medians; exact sign-test interval",
-    }
-
-
-def _layer_rows(program: Program, result: Program) -> list[dict[str, Any]]:
-    rows = []
-    final = result.parts()
-    for path, part in program.parts().items():
-        formats = final[path].plan.get("formats", {})
-        after = {name: t.numel() * t.element_size() for name, t in final[path].weights().items()}
-        for layer in find_layers(part):
-            stored = str(layer.weight.target)
-            tensor = part.weight(layer.weight)
-            rows.append(
-                {
-                    "path": layer.path,
-                    "source": _relative(layer.source),
-                    "kind": layer.kind,
-                    "shape": list(layer.shape),
-                    "flops": layer.flops,
-                    "format": formats.get(layer.path, str(tensor.dtype).removeprefix("torch.")),
-                    "bytes_before": tensor.numel() * tensor.element_size(),
-                    "bytes_after": sum(
-                        size for name, size in after.items()
-                        if name == stored or name.startswith(f"{stored}_")
-                    ),
-                }
-            )  # fmt: skip
-    return rows
-
-
-def _relative(source: str) -> str:
-    """A source line without the folders above it: reports leave the machine they were made on."""
-    if not source:
-        return ""
-    path = Path(source)
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return path.name
-
-
-def _add_estimates(data: dict[str, Any], choice: dict[str, Any] | None) -> None:
-    """What the chooser expected, beside what was measured."""
-    if choice is None:
-        return
-    data["baseline"]["latency_ms"]["estimated"] = choice["baseline"]["latency"]
-    data["result"]["latency_ms"]["estimated"] = choice["estimated"]["latency"]
-    for row in data["layers"]:
-        row.update(choice["layers"].get(row["path"], {}))
 
 
 def _check_budget(budget: Budget, attempt: Attempt, baseline: Artifact) -> None:

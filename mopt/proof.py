@@ -184,8 +184,12 @@ def measure_quality(
     evaluate: Callable[..., Any] | None,
     batches: list[tuple[tuple[Any, ...], dict[str, Any]]],
     progress: Progress,
+    known: Quality | None = None,
 ) -> Quality:
-    """The user's metric for the captured program and the artifact, and the output drift."""
+    """The user's metric for the captured program and the artifact, and the output drift.
+
+    ``known`` is what was found of another artifact of the same program, whose metric it has.
+    """
     meter = DriftMeter()
     some = batches or [(program.args, program.kwargs)]
     with artifact.load() as loaded:
@@ -195,7 +199,7 @@ def measure_quality(
         before = after = None
         if evaluate is not None:
             progress.step(0, 2, "evaluations of the metric")
-            before = evaluate_metric(evaluate, program.run)
+            before = known.baseline if known else evaluate_metric(evaluate, program.run)
             progress.step(1, 2, "evaluations of the metric")
             after = evaluate_metric(evaluate, _as_callable(loaded))
     return Quality(before, after, meter.result(), len(some))
@@ -216,14 +220,17 @@ class Timing:
 def measure_speed(
     baseline: Artifact,
     artifact: Artifact,
-    eager: Artifact | None,
+    eager: Artifact | Side | None,
     *,
     threads: int | None,
     seed: int,
     max_seconds: float,
     progress: Progress,
 ) -> Timing:
-    """Alternated fresh processes on the example inputs (see ``mopt.measure``)."""
+    """Alternated fresh processes on the example inputs (see ``mopt.measure``).
+
+    ``eager`` is timed beside them; as a ``Side`` it was already.
+    """
     with tempfile.TemporaryDirectory(prefix="mopt-measure-") as scratch:
         inputs = Path(scratch) / "inputs.npz"
         write_example_inputs(artifact, inputs)
@@ -237,8 +244,8 @@ def measure_speed(
             seed=seed,
             progress=lambda done, total: progress.step(done, total, "alternated pairs"),
         )
-        beside = None
-        if eager is not None:
+        beside = eager if isinstance(eager, Side) else None
+        if isinstance(eager, Artifact):
             beside = measure_one(subject(eager, inputs, threads, "PyTorch eager"), samples=2)
     return Timing(comparison, beside)
 
@@ -251,12 +258,16 @@ def subject(artifact: Artifact, inputs: Path, threads: int | None, label: str) -
 
 def write_example_inputs(artifact: Artifact, path: Path) -> None:
     """The example inputs of a whole model as ``.npz``, named as in its signature."""
+    write_npz(path, example_arrays(artifact))
+
+
+def example_arrays(artifact: Artifact) -> dict[str, np.ndarray]:
+    """The example inputs of a whole model by the names of its signature."""
     program = artifact.program
     assert program is not None
     signature = Signature.from_json(artifact.manifest["parts"][0]["signature"])
     flat = signature.flatten(_plain_inputs(program.args), _plain_inputs(program.kwargs))
-    arrays = {spec.name: _numpy(value) for spec, value in zip(signature.inputs, flat, strict=True)}
-    write_npz(path, arrays)
+    return {spec.name: _numpy(value) for spec, value in zip(signature.inputs, flat, strict=True)}
 
 
 def _plain_inputs(value: Any) -> Any:

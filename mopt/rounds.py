@@ -8,6 +8,7 @@ from typing import Any
 
 from mopt.budget import Budget
 from mopt.choice import Observation
+from mopt.cost import ModelCost
 from mopt.lowering import Artifact
 from mopt.program import Program
 from mopt.proof import Parity, Quality, Timing
@@ -19,23 +20,30 @@ _UNUSED = 0.5
 
 @dataclass
 class Attempt:
-    """A result, lowered, checked and measured."""
+    """A result, lowered, checked and measured.
+
+    ``cost`` and ``before`` are estimates of a run of it and of the uncompressed model. They stand
+    in for times where nothing could be timed.
+    """
 
     result: Program
     artifact: Artifact
     parity: Parity
     quality: Quality
     timing: Timing | None
+    cost: ModelCost | None = None
+    before: ModelCost | None = None
 
     def values(self, baseline: Artifact) -> dict[str, tuple[float | None, float | None]]:
-        """What a budget may limit: the measured value and the uncompressed model's."""
+        """What a budget may limit: the value, measured if it was, and the uncompressed model's."""
         timed = self.timing.comparison if self.timing else None
         kept = self.quality.kept()
+        guess = (self.cost.milliseconds, self.before.milliseconds) if (
+            self.cost and self.before
+        ) else (None, None)  # fmt: skip
         return {
             "size": (self.artifact.size_bytes, baseline.size_bytes),
-            "latency": (timed.candidate.median_ms, timed.reference.median_ms)
-            if timed
-            else (None, None),
+            "latency": (timed.candidate.median_ms, timed.reference.median_ms) if timed else guess,
             "memory": (timed.candidate.peak_bytes, timed.reference.peak_bytes)
             if timed
             else (None, None),
@@ -52,8 +60,10 @@ class Attempt:
             if value is None or base is None:
                 missed.append(f"{constraint.text} (not measured)")
             elif not constraint.is_met(value, base):
+                guessed = constraint.what == "latency" and self.timing is None
+                word = "estimated" if guessed else "found"
                 missed.append(
-                    f"{constraint.text} (found {value:.6g}, limit {constraint.limit(base):.6g})"
+                    f"{constraint.text} ({word} {value:.6g}, limit {constraint.limit(base):.6g})"
                 )
         return missed
 
@@ -88,11 +98,16 @@ class Attempt:
         measured = {what: found[0] for what, found in values.items() if found[0] is not None}
         before = {what: found[1] for what, found in values.items() if found[1] is not None}
         measured["loss"] = 1.0 - measured.pop("quality")
-        if self.timing is not None and before.get("latency"):
+        band = None
+        if self.timing is None:
+            measured.pop("latency", None)
+        elif before.get("latency"):
+            found = self.timing.comparison
             # The median of the pairs' ratios is steadier than the ratio of two medians.
-            measured["latency"] = before["latency"] * self.timing.comparison.ratio
+            measured["latency"] = before["latency"] * found.ratio
+            band = (found.low, found.high)
         estimated = self.result.plan.get("choice", {}).get("estimated", {})
-        return Observation(self.formats, estimated, measured, before, self.is_slower)
+        return Observation(self.formats, estimated, measured, before, self.is_slower, band)
 
 
 def formats_of(program: Program) -> dict[str, str]:

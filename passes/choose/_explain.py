@@ -89,6 +89,7 @@ def _row(option: Option, latency: float, factor: float) -> dict[str, Any]:
         "format": option.name,
         "size_bytes": option.size_bytes,
         "latency_ms": latency,
+        "latency_source": option.latency_source,
         "loss": factor * option.loss,
         "loss_source": option.loss_source,
     }

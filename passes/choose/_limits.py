@@ -37,8 +37,13 @@ class Corrections:
     speed: float = 1.0
 
     @staticmethod
-    def learn(observations: Sequence[Observation], baseline: Baseline) -> Corrections:
-        """From all rounds so far; the last one that says something about a quantity counts."""
+    def learn(
+        observations: Sequence[Observation], baseline: Baseline, budget: Budget
+    ) -> Corrections:
+        """From all rounds so far; the last one that says something about a quantity counts.
+
+        An estimated time within the interval of the measured one stands, unless it misled.
+        """
         loss, size, memory, speed = 1.0, 0.0, 0.0, 1.0
         savings: dict[str, float] = {}
         for seen in observations:
@@ -54,6 +59,13 @@ class Corrections:
             if "latency" in found and seen.baseline.get("latency") and whole:
                 speed = seen.baseline["latency"] / whole
                 hoped = 1 - guess["raw_latency"] / whole
+                low, high = seen.speed_band or (0.0, 0.0)
+                limit = budget.get("latency")
+                misled = seen.is_slower or (
+                    limit and not limit.is_met(found["latency"], seen.baseline["latency"])
+                )
+                if low <= 1 - hoped <= high and not misled:
+                    continue
                 saved = 1 - found["latency"] / seen.baseline["latency"]
                 if abs(hoped) > 1e-3:
                     factor = min(max(saved / hoped, _SAVINGS[0]), _SAVINGS[1])

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mopt.cost import CostModel
+from mopt.cost import CostModel, LayerRequest
 from mopt.errors import UsageError
 from mopt.flops import size_hint
 from mopt.formats import find_format
@@ -30,6 +30,7 @@ class Option:
     """What a group may become: a format per layer path (none for the original).
 
     ``loss`` is filled in once it is known; ``loss_source`` says how: exact or estimated.
+    ``latency_source`` is measured where this very layer was timed in this format, else estimated.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Option:
     latency_ms: float
     loss: float = 0.0
     loss_source: str = "exact"
+    latency_source: str = "estimated"
 
 
 @dataclass
@@ -107,6 +109,16 @@ def _adds_without_saturation() -> bool:
     return "avx2" not in isa or any("vnni" in flag or "amx" in flag for flag in isa)
 
 
+def requests(sites: Sequence[Sites], names: Mapping[str, Sequence[str]]) -> list[LayerRequest]:
+    """Everything that will be asked of the cost model, originals included."""
+    found = []
+    for one in sites:
+        for layer in one.layers:
+            for name in dict.fromkeys(("fp32", *names[layer.kind])):
+                found += [_request(layer, call, name, one) for call in layer.calls]
+    return found
+
+
 def fill_options(
     program: Program, sites: Sequence[Sites], names: Mapping[str, Sequence[str]],
     model: CostModel | None, *, allow_slower: bool,
@@ -114,13 +126,22 @@ def fill_options(
     """Give every group its options with bytes and ms; refuse what cannot run or is slower."""
     total = 0.0
     for one in sites:
-        latency = sum(_latency(model, layer, "fp32", one) or 0.0 for layer in one.layers)
-        one.options.append(Option(ORIGINAL, {}, _bytes(program, one, {}), latency))
+        latency, levels = 0.0, set()
+        for layer in one.layers:
+            found = _latency(model, layer, "fp32", one) or (0.0, "estimated")
+            latency += found[0]
+            levels.add(found[1])
+        bytes_ = _bytes(program, one, {})
+        one.options.append(Option(ORIGINAL, {}, bytes_, latency, latency_source=_worst(levels)))
         total += latency
     for one in sites:
         wanted = dict.fromkeys(name for layer in one.layers for name in names[layer.kind])
         for name in _joined(one, list(wanted)):
             _add_option(program, one, name, model, _NOISE * total, allow_slower)
+
+
+def _worst(sources: set[str]) -> str:
+    return "measured" if sources == {"measured"} else "estimated"
 
 
 def _joined(one: Sites, wanted: list[str]) -> list[str]:
@@ -139,23 +160,29 @@ def _add_option(
     allow_slower: bool,
 ) -> None:  # fmt: skip
     formats: dict[str, str] = {}
-    latency = 0.0
+    latency, levels = 0.0, set()
     for layer in one.layers:
         own = "int8-row" if layer.kind == "embedding" and name in _SHARED_CODES else name
         reason = find_format(own).check(layer, program.weight(layer.weight))
         if reason is None:
             found = _latency(model, layer, own, one)
-            reason = "the target has no kernel for it" if found is None else None
-            latency += found or 0.0
+            if found is None:
+                reason = "the target has no kernel for it"
+            else:
+                latency += found[0]
+                levels.add(found[1])
         if reason is not None:
             one.refused[name] = reason
             return
         formats[layer.path] = own
     before = one.options[0].latency_ms
     if latency > before + noise and not allow_slower:
-        one.refused[name] = f"estimated slower: {latency:.3g} ms, the original {before:.3g} ms"
+        one.refused[name] = (
+            f"{_worst(levels)} slower: {latency:.3g} ms, the original {before:.3g} ms"
+        )
         return
-    one.options.append(Option(name, formats, _bytes(program, one, formats), latency))
+    bytes_ = _bytes(program, one, formats)
+    one.options.append(Option(name, formats, bytes_, latency, latency_source=_worst(levels)))
 
 
 def _bytes(program: Program, one: Sites, formats: Mapping[str, str]) -> float:
@@ -172,26 +199,36 @@ def _bytes(program: Program, one: Sites, formats: Mapping[str, str]) -> float:
     return float(sum(seen.values()))
 
 
-def _latency(model: CostModel | None, layer: Layer, name: str, one: Sites) -> float | None:
-    """Estimated ms of all calls of a layer, None where the target cannot compute with it."""
+def _latency(
+    model: CostModel | None, layer: Layer, name: str, one: Sites
+) -> tuple[float, str] | None:
+    """The ms of all calls of a layer and how they are known, None where there is no kernel."""
     if model is None:
-        return 0.0
-    # 16-bit weights are widened when the model is loaded: the runtime multiplies floats.
-    name = "fp32" if name in ("fp16", "bf16") else name
-    sharers = sum(other.kind == "linear" for other in one.layers) if layer.kind == "linear" else 1
-    total = 0.0
+        return 0.0, "estimated"
+    total, sources = 0.0, set()
     for call in layer.calls:
+        asked = _request(layer, call, name, one)
         try:
             cost = model.layer_cost(
-                layer.kind, layer.shape, name, rows=_rows(layer, call), sharers=sharers,
-                geometry=_geometry(layer, call),
+                asked.kind, asked.shape, asked.weight_format, rows=asked.rows,
+                sharers=asked.sharers, geometry=asked.geometry,
             )  # fmt: skip
         except UsageError as error:
             if error.code in ("no-kernel", "no-processor"):
                 return None
             raise
         total += cost.milliseconds
-    return total
+        sources.add("measured" if cost.level == "measured" else "estimated")
+    return total, _worst(sources)
+
+
+def _request(layer: Layer, call: Any, name: str, one: Sites) -> LayerRequest:
+    # 16-bit weights are widened when the model is loaded: the runtime multiplies floats.
+    name = "fp32" if name in ("fp16", "bf16") else name
+    sharers = sum(other.kind == "linear" for other in one.layers) if layer.kind == "linear" else 1
+    return LayerRequest(
+        layer.kind, tuple(layer.shape), name, _rows(layer, call), _geometry(layer, call), sharers
+    )
 
 
 def _rows(layer: Layer, call: Any) -> int:

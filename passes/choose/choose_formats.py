@@ -21,7 +21,13 @@ from mopt.passes.choose._limits import (
     read_limits,
     refuse_measured_slower,
 )
-from mopt.passes.choose._options import Sites, fill_options, format_names, read_sites
+from mopt.passes.choose._options import (
+    Sites,
+    fill_options,
+    format_names,
+    read_sites,
+    requests,
+)
 from mopt.passes.choose._place import place
 from mopt.passes.choose._sensitivity import Losses, estimate
 from mopt.passes.choose._solver import solve
@@ -92,7 +98,7 @@ class ChooseFormats(Pass):
         budget = ctx.budget or Budget()
         sites, left = self._sites(program, ctx, budget)
         baseline = ctx.baseline or Baseline(program.size_bytes())
-        learned = Corrections.learn(ctx.observations, baseline)
+        learned = Corrections.learn(ctx.observations, baseline, budget)
         if not ctx.allow_slower:
             refuse_measured_slower(sites, learned)
         spent = self._fill_losses(program, ctx, sites)
@@ -148,6 +154,11 @@ class ChooseFormats(Pass):
             )
             for kind in kinds
         }
+        if ctx.cost_model is not None:
+            ctx.cost_model.prepare(
+                requests(sites, names),
+                lambda done, total: ctx.progress.step(done, total, "timings of operators"),
+            )
         fill_options(program, sites, names, ctx.cost_model, allow_slower=ctx.allow_slower)
         return sites, left
 

@@ -16,7 +16,7 @@ from torch import nn
 from mopt.budget import Budget
 from mopt.cache import Cache
 from mopt.choice import Baseline, Observation
-from mopt.cost import Cost
+from mopt.cost import Cost, LayerRequest
 from mopt.errors import PassError, UsageError
 from mopt.pass_base import PassContext
 from mopt.pipeline import Pipeline
@@ -36,6 +36,9 @@ class TableModel:
     def __init__(self, **speeds: float) -> None:
         self.speeds = SPEEDS | {name.replace("_", "-"): v for name, v in speeds.items()}
         self.device = SimpleNamespace(id="table")
+
+    def prepare(self, requests: Sequence[LayerRequest], report: Any = None) -> None:
+        pass
 
     def layer_cost(
         self, kind: str, shape: Sequence[int], weight_format: str = "fp32", *, rows: int = 1,
