@@ -52,6 +52,8 @@ class Limits:
     toml_keys: int = _limit(10_000, "keys and tables in a TOML file")
     toml_string: int = _limit(65_536, "characters of one TOML string")
 
+    csv_bytes: int = _limit(64 * MIB, "size of a CSV file of buffers")
+
     safetensors_header: int = _limit(16 * MIB, "size of a safetensors header")
     safetensors_tensors: int = _limit(200_000, "tensors in a safetensors file")
     safetensors_name: int = _limit(512, "characters of a tensor name")

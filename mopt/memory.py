@@ -23,7 +23,6 @@ __all__ = [
     "LARGEST",
     "MAIN",
     "Buffer",
-    "Fault",
     "Gap",
     "Load",
     "MemoryPlan",
@@ -33,7 +32,6 @@ __all__ = [
     "Storage",
     "Tier",
     "TierMove",
-    "buffer_faults",
 ]
 
 MAIN = "main"
@@ -54,7 +52,7 @@ class Gap:
 
 
 @dataclass(frozen=True)
-class Fault:
+class _Fault:
     """One thing wrong with a buffer: which field, and what to say about it."""
 
     field: str
@@ -73,7 +71,7 @@ class Buffer:
     fixes the place, ``hint`` only proposes it. A zero-sized buffer takes no room anywhere.
 
     Raises InputError (``buffer-lifetime``, ``buffer-size``, ``buffer-alignment``, ``buffer-gap``,
-    ``buffer-offset``) for values no plan could honour.
+    ``buffer-offset``) for values no plan could honour; its site is the field.
     """
 
     id: str
@@ -88,23 +86,26 @@ class Buffer:
     hint: int | None = None
 
     def __post_init__(self) -> None:
-        for fault in buffer_faults(self):
+        for fault in _faults(self):
             raise InputError(
-                f"buffer {quote(self.id)}: {fault.message}", code=fault.code, hint=fault.hint
+                f"buffer {quote(self.id)}: {fault.message}",
+                code=fault.code,
+                hint=fault.hint,
+                site=fault.field,
             )
 
 
-def buffer_faults(buffer: Buffer) -> Iterator[Fault]:
+def _faults(buffer: Buffer) -> Iterator[_Fault]:
     """Everything wrong with the fields of one buffer, in the order of the fields."""
     if buffer.lower < 0:
-        yield Fault(
+        yield _Fault(
             "lower",
             "buffer-lifetime",
             f"the lifetime starts at {buffer.lower}, steps count from 0",
         )
     if buffer.upper <= buffer.lower:
         kind = "empty" if buffer.upper == buffer.lower else "negative"
-        yield Fault(
+        yield _Fault(
             "upper",
             "buffer-lifetime",
             f"the lifetime [{buffer.lower}, {buffer.upper}) is {kind}",
@@ -114,11 +115,11 @@ def buffer_faults(buffer: Buffer) -> Iterator[Fault]:
         if getattr(buffer, name) > LARGEST:
             code = "buffer-lifetime" if name in ("lower", "upper") else f"buffer-{name}"
             value = getattr(buffer, name)
-            yield Fault(name, code, f"{name} {value} is beyond 2**60")
+            yield _Fault(name, code, f"{name} {value} is beyond 2**60")
     if buffer.size < 0:
-        yield Fault("size", "buffer-size", f"size {buffer.size} is negative")
+        yield _Fault("size", "buffer-size", f"size {buffer.size} is negative")
     if buffer.alignment < 1 or buffer.alignment & (buffer.alignment - 1):
-        yield Fault(
+        yield _Fault(
             "alignment",
             "buffer-alignment",
             f"alignment {buffer.alignment} is no power of two",
@@ -129,16 +130,16 @@ def buffer_faults(buffer: Buffer) -> Iterator[Fault]:
         value = getattr(buffer, name)
         if value is not None and not 0 <= value <= LARGEST - max(buffer.size, 0):
             message = f"{name} {value} is negative or ends beyond 2**60"
-            yield Fault(name, "buffer-offset", message)
+            yield _Fault(name, "buffer-offset", message)
     if buffer.offset is not None and buffer.alignment > 0 and buffer.offset % buffer.alignment:
-        yield Fault(
+        yield _Fault(
             "offset",
             "buffer-offset",
             f"the fixed offset {buffer.offset} is no multiple of the alignment {buffer.alignment}",
         )
 
 
-def _gap_faults(buffer: Buffer) -> Iterator[Fault]:
+def _gap_faults(buffer: Buffer) -> Iterator[_Fault]:
     end = buffer.lower
     for gap in buffer.gaps:
         if not end <= gap.lower < gap.upper <= buffer.upper:
@@ -146,11 +147,11 @@ def _gap_faults(buffer: Buffer) -> Iterator[Fault]:
                 f"the gap [{gap.lower}, {gap.upper}) is empty, out of order or outside the "
                 f"lifetime [{buffer.lower}, {buffer.upper})"
             )
-            yield Fault("gaps", "buffer-gap", message)
+            yield _Fault("gaps", "buffer-gap", message)
         end = max(end, gap.upper)
         if gap.window and not 0 <= gap.window[0] < gap.window[1] <= buffer.size:
             message = f"the window {gap.window} is empty or outside the {buffer.size} bytes"
-            yield Fault("gaps", "buffer-gap", message)
+            yield _Fault("gaps", "buffer-gap", message)
 
 
 @dataclass(frozen=True)

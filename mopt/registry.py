@@ -19,7 +19,10 @@ from typing import TYPE_CHECKING, Any
 from mopt.errors import UsageError, unknown_name
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mopt.lowering import Backend
+    from mopt.memory import MemoryPlan
     from mopt.pass_base import Pass
 
 
@@ -131,3 +134,10 @@ def find_backend(name: str) -> Backend:
         raise unknown_name("backend", name, list_backends(), "mopt compile --help")
     backend: Backend = import_module(f"mopt.backends.{name}.lower").BACKEND
     return backend
+
+
+def find_placement() -> Callable[..., MemoryPlan]:
+    """The solver of memory problems: ``place(problem, time_limit=..., seed=...)``."""
+    place: Callable[..., MemoryPlan]
+    place = import_module("mopt.passes.schedule.offsets").place
+    return place

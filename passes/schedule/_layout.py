@@ -1,0 +1,219 @@
+"""Layouts of one memory over one stretch of time: greedy first, then the exact search to a proof.
+
+What is tried at a target, a peak that the layout may not exceed: the search on the instance as it
+is and on glued ones, each guided by several orders. How long a try lasts grows from round to
+round. Targets are the proved bound first, then what would be enough, or halfway between what is
+proved or given up and the best layout found.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import NamedTuple
+
+import numpy as np
+
+from mopt.memory import Storage
+from mopt.passes.schedule import _greedy
+from mopt.passes.schedule._contract import BLOCKS, PAIRS, STACKS, contract, unfold
+from mopt.passes.schedule._instance import Instance, make_instance
+from mopt.passes.schedule._run import LIMIT, REFUTED, SOLVED, Clock, Guide, Ready, run
+
+_AS_IS = 0
+# Gluing level and whether free room becomes items, from what solves most to what solves least.
+_VARIANTS = (
+    (BLOCKS, False), (STACKS, False), (PAIRS, True), (PAIRS, False), (STACKS, True),
+    (_AS_IS, False), (BLOCKS, True),
+)  # fmt: skip
+_ORDERS = (
+    ("duration", 0.0), ("size", 0.5), ("area", 0.0), ("duration", 0.5), ("start", 0.0),
+    ("size", 0.0), ("duration", 1.0), ("size", 1.0), ("area", 0.5), ("start", 0.5),
+)  # fmt: skip
+# Orders that are also tried disturbed, from the second round on.
+_DISTURBED = 4
+# Nodes of a try in the first round, besides some for every item, and how they grow.
+_NODES, _NODES_PER_ITEM, _GROWTH = 400, 3, 4
+# Part of the time left that a round may spend at the bound before it looks at higher targets.
+_BOUND_SHARE = 0.4
+# Targets between the bound and the best layout in a round, before tries last longer.
+_BISECTIONS = 6
+
+
+class _Order(NamedTuple):
+    """What ranks the items, how much the search leans to tight sections, and a disturbance."""
+
+    name: str
+    lean: float
+    seed: int | None = None
+
+
+@dataclass
+class Layout:
+    """The best layout found, and what was proved: no layout ends below ``low``."""
+
+    offsets: dict[str, int]
+    peak: int
+    low: int
+    solver: str
+    timed_out: bool = False
+
+    def take(self, offsets: dict[str, int], peak: int, solver: str) -> None:
+        """Keep a layout if it is better."""
+        if peak < self.peak:
+            self.offsets, self.peak, self.solver = offsets, peak, solver
+
+
+def lay_out(
+    storages: Sequence[Storage], low: int, enough: int | None, clock: Clock, seed: int
+) -> Layout:
+    """Offsets for storages that all take room, until their peak is proved least or time is over.
+
+    ``low`` is a bound that holds. A layout that ends at ``enough`` or below, where given, is taken
+    after one round of tries at the bound.
+    """
+    best = _greedy_layout(storages, low, clock)
+    if best.peak > best.low:
+        _Search(storages, best, enough, clock, seed).run()
+    return best
+
+
+def _greedy_layout(storages: Sequence[Storage], low: int, clock: Clock) -> Layout:
+    best: Layout | None = None
+    for rule in _greedy.rules(storages):
+        for use_hints in (True, False):
+            if use_hints and all(s.hint is None for s in storages):
+                continue
+            offsets = _greedy.place(storages, rule.order, rule.best_fit, use_hints)
+            peak = _greedy.top_of(storages, offsets)
+            best = best or Layout(offsets, peak, low, rule.name)
+            best.take(offsets, peak, rule.name)
+            if best.peak <= low or clock.is_over():
+                return best
+    assert best is not None
+    return best
+
+
+class _Search:
+    """Rounds of searches that improve ``best`` in place."""
+
+    def __init__(
+        self, storages: Sequence[Storage], best: Layout, enough: int | None, clock: Clock, seed: int
+    ) -> None:
+        self.storages, self.best, self.enough, self.clock = storages, best, enough, clock
+        self.instance = make_instance(storages)
+        # With a window in a gap the instance is stricter than the problem.
+        self.is_exact = all(p.end - p.first == s.size for s in storages for p in s.pieces)
+        self.rng = np.random.default_rng(seed)
+        self.ready: dict[tuple[int, int | None], Ready] = {}
+        self.refuted: set[tuple[int, bool, int]] = set()
+
+    def run(self) -> None:
+        """Until done or out of time."""
+        for turn in count():
+            self._round(turn)
+            if self._is_done():
+                return
+            if self.clock.is_over():
+                self.best.timed_out = True
+                return
+
+    def _is_done(self) -> bool:
+        best, enough = self.best, self.enough
+        if best.peak <= best.low:
+            return True
+        return enough is not None and (best.peak <= enough or best.low > enough)
+
+    def _round(self, turn: int) -> None:
+        nodes = (_NODES + _NODES_PER_ITEM * len(self.storages)) * _GROWTH**turn
+        orders = list(self._orders(turn))
+        with self.clock.until(time.monotonic() + _BOUND_SHARE * self.clock.left()):
+            while not self._is_done() and self._try(self.best.low, orders, nodes) == REFUTED:
+                pass
+        if self._is_done():
+            return
+        if self.enough is not None:
+            self._try(self.enough, orders, nodes)
+            return
+        given_up = self.best.low
+        for _ in range(_BISECTIONS):
+            target = (given_up + self.best.peak) // 2
+            if self._is_done() or self.clock.is_over() or target <= given_up:
+                return
+            if self._try(target, orders, nodes) != SOLVED:
+                given_up = max(target, self.best.low)
+
+    def _orders(self, turn: int) -> Iterator[_Order]:
+        for name, lean in _ORDERS:
+            yield _Order(name, lean)
+        for name, lean in _ORDERS[: _DISTURBED if turn else 0]:
+            yield _Order(name, lean, int(self.rng.integers(2**32)))
+
+    def _try(self, target: int, orders: Sequence[_Order], nodes: int) -> int:
+        """All orders and variants at one target: SOLVED, REFUTED (proved) or LIMIT."""
+        for order in orders:
+            for level, fill in _VARIANTS:
+                if (level, fill, target) in self.refuted:
+                    continue
+                if self.clock.is_over():
+                    return LIMIT
+                ready = self._variant(level, target if fill else None)
+                guide = Guide(_rank(ready.instance, order), order.lean)
+                answer, offsets = run(ready, target, guide, nodes, self.clock)
+                if answer == SOLVED:
+                    self._take(ready.instance, offsets, level)
+                    return SOLVED
+                if answer == REFUTED:
+                    self.refuted.add((level, fill, target))
+                    if level == _AS_IS and self.is_exact:
+                        self.best.low = max(self.best.low, self._next_peak(target))
+                        return REFUTED
+        return LIMIT
+
+    def _variant(self, level: int, fill_to: int | None) -> Ready:
+        key = (level, fill_to)
+        if key not in self.ready:
+            grains = None if fill_to is None else self.instance.room(fill_to)
+            glued = contract(self.instance, level, grains) if level else self.instance
+            if fill_to is not None:
+                # Those of earlier targets are not asked for again soon.
+                self.ready = {k: v for k, v in self.ready.items() if k[1] in (None, fill_to)}
+            self.ready[key] = Ready(glued)
+        return self.ready[key]
+
+    def _take(self, glued: Instance, found: Sequence[int], level: int) -> None:
+        count = len(self.storages)
+        grains = unfold(glued, found, count) if level else found
+        offsets = {
+            s.id: g * self.instance.grain for s, g in zip(self.storages, grains, strict=True)
+        }
+        self.best.take(offsets, _greedy.top_of(self.storages, offsets), "search")
+
+    def _next_peak(self, refuted: int) -> int:
+        """The least peak above a refuted one that some storage could end at."""
+        grain = self.instance.grain
+        return min(
+            ((refuted - item.bytes) // grain + 1) * grain + item.bytes
+            for item in self.instance.items
+        )
+
+
+def _rank(instance: Instance, order: _Order) -> list[int]:
+    """The place of each item in an order."""
+    size = np.array(instance.size, float)
+    start = np.array([item.spans[0][0] for item in instance.items], float)
+    duration = np.array([item.spans[-1][1] for item in instance.items], float) - start
+    key, second = {
+        "duration": (-duration, -size),
+        "size": (-size, -duration),
+        "area": (-size * duration, -duration),
+        "start": (start, -size),
+    }[order.name]
+    if order.seed is not None:
+        noise = np.random.default_rng(order.seed).normal(0.0, 0.3, len(size))
+        key = np.sign(key) * np.exp(np.log(np.abs(key) + 1e-9) + noise)
+    rank = np.empty(len(size), np.int64)
+    rank[np.lexsort((second, key))] = np.arange(len(size))
+    return [int(k) for k in rank]
