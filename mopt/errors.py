@@ -95,6 +95,12 @@ def quote(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def first_line(error: BaseException) -> str:
+    """The first non-empty line of an error's text, at most 200 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str], list_command: str) -> UsageError:
     """The error for a name that nothing is registered under, with the nearest known one."""
     names = sorted(known)

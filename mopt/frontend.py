@@ -23,7 +23,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from mopt.effects import written_nodes
-from mopt.errors import CaptureError, InputError, quote
+from mopt.errors import CaptureError, InputError, first_line, quote
 from mopt.program import Coverage, Program
 from mopt.shapes import trust_shapes
 
@@ -297,12 +297,6 @@ def _quiet() -> Iterator[None]:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
             sys.stderr.write(printed.getvalue().replace(partial_graph, ""))
-
-
-def first_line(error: BaseException) -> str:
-    """The first non-empty line of an error's text, at most 200 characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
 
 
 def shorten_reason(error: BaseException) -> str:

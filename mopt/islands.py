@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from mopt.errors import CaptureError, InputError
-from mopt.frontend import export_program, first_line, shorten_reason, user_site
+from mopt.errors import CaptureError, InputError, first_line
+from mopt.frontend import export_program, shorten_reason, user_site
 from mopt.program import Coverage, Outside, Program
 from mopt.signature import Signature
 

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils import _pytree as pytree
 
-from mopt.errors import PassError
+from mopt.errors import PassError, first_line
 from mopt.flops import node_flops
 from mopt.hashes import tensor_hash
 from mopt.shapes import derive_shapes
@@ -141,7 +141,8 @@ class Program:
         except Exception as error:  # whatever an operator's shape rule raises
             node = _failing_node(error, self.graph)
             raise PassError(
-                f"node {node.name if node else '?'!r} cannot work on its inputs: {error}",
+                f"node {node.name if node else '?'!r} cannot work on its inputs: "
+                f"{first_line(error)}",
                 code="bad-shapes",
                 site=site_of(node) if node else None,
             ) from error

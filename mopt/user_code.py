@@ -83,7 +83,12 @@ def find_object(reference: Reference, what: str) -> Any:
     found: Any = module
     for part in reference.name.split("."):
         if not hasattr(found, part):
-            known = [name for name in vars(found) if not name.startswith("_")]
+            own = getattr(module, "__name__", None)
+            known = [
+                name
+                for name, value in vars(found).items()
+                if not name.startswith("_") and getattr(value, "__module__", None) == own
+            ]
             raise unknown_name(what, reference.name, known, f"see {place}")
         found = getattr(found, part)
     return found

@@ -24,8 +24,7 @@ from torch.utils import _pytree as pytree
 from mopt.backends.onnx.finish import finish
 from mopt.backends.onnx.rewrite import apply_rewrites
 from mopt.backends.onnx.translate import OPSET, translation_table
-from mopt.errors import LoweringError
-from mopt.frontend import first_line
+from mopt.errors import LoweringError, first_line
 
 _LOGGERS = ("torch.onnx", "torch.export", "torch._dynamo", "torch.fx", "onnxscript", "onnx_ir")
 

@@ -68,7 +68,9 @@ class MergeDuplicates(Pass):
             return None
         if node.op == "get_attr" and isinstance(node.meta.get("val"), Tensor):
             weight = program.weight(node)
-            return ("weight", tensor_hash(weight), weight.stride(), str(weight.device))
+            # A parameter cannot stand in for a buffer: operators refuse gradients for statistics.
+            grad = program.requires_grad(node)
+            return ("weight", tensor_hash(weight), weight.stride(), str(weight.device), grad)
         if not is_pure(node) or not self.selects(module_path(node) or node.name):
             return None
         return (node.target, _freeze(node.args), _freeze(dict(node.kwargs)))

@@ -40,6 +40,12 @@ def one_layout() -> Sample:
     return Sample(module, (normal(3, 4),))
 
 
+def fresh_norm() -> Sample:
+    """An untrained batch norm: its bias equals its mean, its weight its variance."""
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1))
+    return Sample(module.eval(), (normal(2, 3, 8, 8),))
+
+
 COUNT = torch.arange(6)
 
 CASES = [
@@ -53,6 +59,7 @@ CASES = [
     ),
     Case("one-split", lambda: of(lambda x: x.chunk(2, 1)[0] + x.chunk(2, 1)[1]), changed=True),
     Case("two-views-returned", lambda: of(lambda x: (x.view(-1), x.view(-1))), changed=True),
+    Case("a-parameter-and-a-buffer", fresh_norm, changed=False),
     Case("other-weights", lambda: twin_layers(same=False), changed=False),
     Case("nothing-twice", tiny.decoder, changed=False),
     Case("integer-and-float", lambda: of(lambda x: (x // 1) + (x // 1.0), COUNT), changed=False),
