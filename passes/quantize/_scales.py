@@ -1,8 +1,9 @@
 """Edges whose channels can be rescaled without changing the function, and doing so.
 
-An edge is a value that only linear layers read. Its channels are divided by positive factors where
-they are made (the affine part of a norm, or the rows of a linear layer before it) and the columns
-of the layers that read them are multiplied by the same factors.
+An edge is a value that linear layers read. Its channels are divided by positive factors where they
+are made (the affine part of a norm, or the rows of a linear layer before it) or by a multiplication
+of its own in front of those layers, and the columns of the layers are multiplied by the same
+factors.
 """
 
 from __future__ import annotations
@@ -31,10 +32,13 @@ _ATTENTION = _aten.scaled_dot_product_attention.default
 
 @dataclass(frozen=True)
 class Edge:
-    """A value with the ``group`` of all its readers; ``maker`` takes the inverse factors."""
+    """A value with the ``group`` of its readers; ``maker`` takes the inverse factors.
+
+    Without a maker the inverse factors become a multiplication in front of the readers.
+    """
 
     group: Group
-    maker: fx.Node
+    maker: fx.Node | None
 
     @property
     def path(self) -> str:
@@ -43,12 +47,12 @@ class Edge:
 
 
 def find_edges_to_scale(
-    program: Program, selects: Callable[[str], bool]
+    program: Program, selects: Callable[[str], bool], *, insert: bool = False
 ) -> tuple[list[Edge], list[Skip]]:
     """Every edge whose readers are all linear layers and whose maker can take factors.
 
-    ``selects`` says whether a layer's path is wanted. Sites that cannot be scaled are skipped with
-    the operator that stands in the way.
+    ``selects`` says whether a layer's path is wanted. ``insert`` adds the edges without such a
+    maker. Sites that cannot be scaled are skipped with the operator that stands in the way.
     """
     edges, skipped = [], []
     linears = [layer for layer in find_layers(program) if layer.kind == "linear"]
@@ -56,7 +60,9 @@ def find_edges_to_scale(
         if not all(selects(layer.path) for layer in group.layers):
             continue
         found = _maker(program, group)
-        if isinstance(found, str):
+        if isinstance(found, str) and insert and _can_insert(program, group):
+            edges.append(Edge(group, None))
+        elif isinstance(found, str):
             skipped.append(Skip(group.layers[0].path, found))
         else:
             edges.append(Edge(group, found))
@@ -70,6 +76,9 @@ def scale_edge(program: Program, edge: Edge, factors: Tensor) -> None:
         call = layer.calls[0]
         _set(program, call, 1, program.weight(_reader(call, 1)).double() * s)
     maker = edge.maker
+    if maker is None:
+        _insert_product(program, edge, 1 / s)
+        return
     if maker.target in LINEAR:
         _set(program, maker, 1, program.weight(_reader(maker, 1)).double() / s[:, None])
         if len(maker.args) > 2 and maker.args[2] is not None:
@@ -81,6 +90,25 @@ def scale_edge(program: Program, edge: Edge, factors: Tensor) -> None:
         return
     at = 0 if program.constant(maker.args[0]) is not None else 1
     _set(program, maker, at, program.weight(_reader(maker, at)).double() / s)
+
+
+def _insert_product(program: Program, edge: Edge, factors: Tensor) -> None:
+    """Let the readers of an edge read it times ``factors``, computed once before the first."""
+    value = edge.group.inputs[0]
+    calls = {layer.calls[0] for layer in edge.group.layers}
+    first = next(node for node in program.graph.nodes if node in calls)
+    stored = program.add_weight(
+        f"{value.name}_factors", factors.to(value.meta["val"].dtype), before=first
+    )
+    product = program.insert_call(_aten.mul.Tensor, (value, stored), like=first)
+    for call in calls:
+        call.update_arg(0, product)
+
+
+def _can_insert(program: Program, group: Group) -> bool:
+    return len(group.inputs) == 1 and not any(
+        _is_shared(program, layer.weight) for layer in group.layers
+    )
 
 
 def _reader(call: fx.Node, at: int) -> fx.Node:

@@ -18,6 +18,8 @@ from mopt.program import Program
 from mopt.streaming import Stream
 
 _STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
+# A multiplication is inserted only where the error falls below this share of what it was.
+_WORTH_A_PRODUCT = 0.5
 
 
 @register_pass("smooth-activations", numerics=Numerics.ROUNDING, tolerance=1e-4)
@@ -39,13 +41,16 @@ class SmoothActivations(Pass):
     ## Limits
     Factors go into a norm with a weight, or into the linear layer before (directly, through a
     relu, through the product of a gate, or through attention whose heads each have their own
-    values). Other edges are left alone.
+    values). Other edges are left alone, unless `insert` allows a multiplication in front of their
+    layers: behind GELU and the like that costs little beside an int8 layer, and it is placed only
+    where the search finds that it halves the error.
 
     ## Example
     gamma of a layer norm is divided by s, the columns of the layers behind it multiplied by s.
     """
 
     strength: float = option(0.0, min=0, max=1, help="0: search one per edge")
+    insert: bool = option(False, help="multiply where nothing before a layer takes the factors")
     rows: int = option(512, min=1, help="rows of activations that the search compares on")
 
     def requires(self, program: Program, ctx: PassContext) -> str | None:
@@ -53,7 +58,7 @@ class SmoothActivations(Pass):
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         assert ctx.calibration is not None
-        edges, skipped = find_edges_to_scale(program, self.selects)
+        edges, skipped = find_edges_to_scale(program, self.selects, insert=self.insert)
         for edge in edges:
             for layer in edge.group.layers:
                 require_finite(program.weight(layer.weight), layer.path, layer.source)
@@ -69,11 +74,14 @@ class SmoothActivations(Pass):
             ctx.check_time(f"smoothing the inputs of {edge.path}")
             weights = [program.weight(layer.weight).float() for layer in group.layers]
             values = stream.values(value)
-            strengths[edge.path], factors = self._search(values, weights)
+            below = 1.0 if edge.maker is not None else _WORTH_A_PRODUCT
+            strengths[edge.path], factors = self._search(values, weights, below)
             if factors is not None:
                 found[edge.path] = factors
             else:
-                skipped.append(Skip(edge.path, "no smoothing lowers the error of its outputs"))
+                skipped.append(
+                    Skip(edge.path, "no smoothing lowers the error of its outputs enough")
+                )
         for edge in edges:
             if edge.path in found:
                 scale_edge(program, edge, found[edge.path])
@@ -81,8 +89,13 @@ class SmoothActivations(Pass):
                  "peak_activation_bytes": stream.peak_bytes}  # fmt: skip
         return PassResult(changed=bool(found), stats=stats, skipped=skipped)
 
-    def _search(self, values: list[Tensor], weights: list[Tensor]) -> tuple[float, Tensor | None]:
-        """The best strength and its factors; strength 0 and None where none is better."""
+    def _search(
+        self, values: list[Tensor], weights: list[Tensor], below: float
+    ) -> tuple[float, Tensor | None]:
+        """The best strength and its factors; 0 and None where none brings the error ``below``.
+
+        ``below`` is a share of the error without smoothing.
+        """
         seen = ChannelStatistics()
         for value in values:
             seen.add(value)
@@ -92,7 +105,7 @@ class SmoothActivations(Pass):
         share = max(1, self.rows // len(values))
         rows = torch.cat([_spread(value, share) for value in values])
         best: tuple[float, Tensor | None] = (0.0, None)
-        error = rounded_error(rows, weights, torch.ones_like(largest))
+        error = below * rounded_error(rows, weights, torch.ones_like(largest))
         for strength in _STRENGTHS:
             factors = smoothing_factors(seen.largest, largest, strength)
             tried = rounded_error(rows, weights, factors)

@@ -27,6 +27,16 @@ def outliers() -> Sample:
     return made
 
 
+def behind_gelu(largest: float) -> Sample:
+    """A layer that reads a GELU, in which one channel of 64 is ``largest`` times the others."""
+    layers = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.Linear(64, 24))
+    made = sample(layers, normal(64, 32), dynamic=True)
+    with torch.no_grad():
+        made.module[0].weight[3] *= largest
+        made.module[2].weight[:, 3] /= largest
+    return made
+
+
 def calibrated(
     name: str, source: Callable[[], Sample], changed: bool, skipped: str = "", **options: object
 ) -> Case:
@@ -41,6 +51,15 @@ CASES = [
     calibrated("given-strength", outliers, True, strength=0.5),
     calibrated("decoder", lambda: tiny.decoder(kv_heads=4), True, "has other readers"),
     calibrated("gelu-between", tiny.mlp, False, "does not let factors through"),
+    calibrated("gelu-between-inserted", lambda: behind_gelu(100.0), True, insert=True, layers="2"),
+    calibrated(
+        "not-worth-inserting",
+        lambda: behind_gelu(1.0),
+        False,
+        "outputs enough",
+        insert=True,
+        layers="2",
+    ),
     calibrated("excluded", outliers, False, skip="1"),
 ]
 
