@@ -37,7 +37,7 @@ from mopt.cost_models.host import class_profile
 from mopt.device import DeviceProfile
 from mopt.device_file import read_device
 from mopt.errors import MoptError
-from mopt.lowering import signature_of
+from mopt.program_signature import signature_of
 from mopt.machine import machine_fingerprint
 from mopt.measure import Subject, measure_one
 from mopt.npz_files import write_npz

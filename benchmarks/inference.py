@@ -32,11 +32,12 @@ from mopt.backends.onnx.lower import MODEL
 from mopt.backends.onnx.options import SESSION_CONFIG
 from mopt.calibration import Calibration
 from mopt.inputs import resized
-from mopt.lowering import lower, signature_of
+from mopt.lowering import lower
 from mopt.machine import machine_fingerprint
 from mopt.npz_files import write_npz
 from mopt.pass_base import PassContext
 from mopt.pipeline import Pipeline
+from mopt.program_signature import signature_of
 from mopt.quality import drift
 from mopt.recipe import Recipe
 

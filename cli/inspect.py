@@ -83,7 +83,7 @@ def _read_model(
 
     from mopt.frontend import capture
     from mopt.layers import find_layers
-    from mopt.lowering import signature_of
+    from mopt.program_signature import signature_of
 
     progress.stage("Capturing", target)
     program = capture(source.model, source.example_inputs, source.dynamic_shapes)

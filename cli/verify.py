@@ -85,9 +85,10 @@ def _check_sample(folder: Path, manifest: dict[str, Any], threads: int | None) -
     import torch
 
     from mopt.input_files import convert, nest_inputs
-    from mopt.lowering import SAMPLE, plain_containers
+    from mopt.lowering import SAMPLE
     from mopt.npz_files import read_npz
     from mopt.pipeline import flat_tensors
+    from mopt.program_signature import plain_containers
     from mopt.proof import FLOAT_PARITY, INTEGER_PARITY
     from mopt.safe_read import Folder
     from mopt.signature import Signature
@@ -132,9 +133,9 @@ def _check_model(
     import torch
 
     from mopt.frontend import normalize_inputs
-    from mopt.lowering import plain_containers
     from mopt.model_source import load_source
     from mopt.pipeline import flat_tensors
+    from mopt.program_signature import plain_containers
 
     source = load_source(model, trust=trust, inputs=inputs)
     args, kwargs = normalize_inputs(source.example_inputs)

@@ -23,7 +23,7 @@ from mopt.pass_base import Skip
 from mopt.registry import find_backend
 from mopt.report import Report
 from mopt.safe_read import Folder
-from mopt.signature import Signature, TensorSpec, describe_tree
+from mopt.signature import Signature
 
 if TYPE_CHECKING:
     from torch import nn
@@ -154,6 +154,8 @@ def lower(program: Program, backend: str = "onnx", *, target: str = "host") -> A
 
     Raises LoweringError listing everything the backend cannot express, before anything is written.
     """
+    from mopt.program_signature import signature_of
+
     chosen = find_backend(backend)
     refused = [skip for part in program.parts().values() for skip in chosen.unsupported(part)]
     if refused:
@@ -263,73 +265,6 @@ def open_artifact(
             hint="mopt.load(folder, module=model)",
         )
     return Loaded(_with_islands(module, calls, manifest), close, manifest)
-
-
-def signature_of(program: Program) -> Signature:
-    """Names, dtypes, sizes and nesting of one graph's inputs and outputs."""
-    import torch
-
-    def is_leaf(value: Any) -> bool:
-        return isinstance(value, torch.Tensor)
-
-    leaves: list[Any] = []
-    args = tuple(describe_tree(plain_containers(a), leaves, is_leaf) for a in program.args)
-    kwargs = {
-        k: describe_tree(plain_containers(v), leaves, is_leaf) for k, v in program.kwargs.items()
-    }
-    placeholders = [
-        node for node in program.graph.nodes
-        if node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor)
-    ]  # fmt: skip
-    if len(placeholders) != len(leaves):
-        raise LoweringError(
-            f"the graph takes {len(placeholders)} tensors, the example inputs hold {len(leaves)}",
-            code="input-structure",
-        )
-    inputs = tuple(
-        TensorSpec(str(node.target), _dtype(node.meta["val"]), _sizes(node.meta["val"]))
-        for node in placeholders
-    )
-    output = next(node for node in program.graph.nodes if node.op == "output")
-    values = [
-        argument.meta["val"] if hasattr(argument, "meta") else argument
-        for argument in output.args[0]
-    ]
-    found: list[Any] = []
-    result = describe_tree(
-        plain_containers(program.run(*program.args, **program.kwargs)), found, is_leaf
-    )
-    tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    outputs = tuple(
-        TensorSpec(f"output_{i}", _dtype(value), _sizes(value)) for i, value in enumerate(tensors)
-    )
-    return Signature(inputs, outputs, args, kwargs, result)
-
-
-def plain_containers(value: Any) -> Any:
-    """A value with registered containers (model outputs, caches) as mappings and tuples."""
-    import torch
-    from torch.utils import _pytree as pytree
-
-    if isinstance(value, torch.Tensor | str) or value is None:
-        return value
-    if isinstance(value, Mapping):
-        return {k: plain_containers(v) for k, v in value.items() if v is not None}
-    if isinstance(value, list):
-        return [plain_containers(v) for v in value]
-    if isinstance(value, tuple):
-        return tuple(plain_containers(v) for v in value)
-    if type(value) in pytree.SUPPORTED_NODES:
-        return tuple(plain_containers(v) for v in pytree.tree_leaves(value))
-    return value
-
-
-def _dtype(value: Any) -> str:
-    return str(value.dtype).removeprefix("torch.")
-
-
-def _sizes(value: Any) -> tuple[int | str, ...]:
-    return tuple(size if isinstance(size, int) else str(size) for size in value.shape)
 
 
 def _caller(runner: Runner, signature: Signature) -> Callable[..., Any]:

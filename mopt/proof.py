@@ -271,7 +271,7 @@ def example_arrays(artifact: Artifact) -> dict[str, np.ndarray]:
 
 
 def _plain_inputs(value: Any) -> Any:
-    from mopt.lowering import plain_containers
+    from mopt.program_signature import plain_containers
 
     return plain_containers(value)
 
@@ -281,7 +281,7 @@ def _numpy(value: torch.Tensor) -> np.ndarray:
 
 
 def _tensors(outputs: Any) -> list[torch.Tensor]:
-    from mopt.lowering import plain_containers
+    from mopt.program_signature import plain_containers
 
     return [
         leaf for leaf in pytree.tree_leaves(plain_containers(outputs))

@@ -10,8 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from mopt.errors import ArtifactError, InputError
+from mopt.frontend import capture
+from mopt.program_signature import signature_of
 from mopt.signature import Signature, TensorSpec, describe_tree
 
 
@@ -101,3 +104,21 @@ def test_malformed_signatures_are_refused(damage: dict[str, Any]) -> None:
     with pytest.raises(ArtifactError) as caught:
         Signature.from_json({**_signature().as_json(), **damage})
     assert caught.value.code == "malformed-manifest"
+
+
+def test_sizes_carry_the_users_names() -> None:
+    """Nested inputs, keywords, and sizes computed from others; unnamed ones keep torch's names."""
+
+    class Net(torch.nn.Module):
+        def forward(self, pair: tuple[Tensor, Tensor], more: dict[str, Tensor]) -> Tensor:
+            return torch.cat([pair[0] + pair[1], more["x"]], 1)
+
+    batch, time = torch.export.Dim("batch"), torch.export.Dim("time")
+    x, y, z = torch.ones(3, 4, 2), torch.ones(4, 2), torch.ones(3, 5, 2)
+    shapes = {"pair": ({0: batch, 1: time}, (time, None)), "more": {"x": {0: batch}}}
+    found = signature_of(capture(Net(), {"pair": (x, y), "more": {"x": z}}, shapes))
+    sizes = [spec.shape for spec in found.inputs]
+    assert sizes == [("batch", "time", 2), ("time", 2), ("batch", 5, 2)]
+    assert found.outputs[0].shape == ("batch", "time + 5", 2)
+    auto = capture(torch.nn.Linear(2, 2), (y,), ({0: torch.export.Dim.DYNAMIC},))
+    assert signature_of(auto).inputs[0].shape[0] not in (4, "DYNAMIC")
