@@ -135,9 +135,8 @@ def _clashes(
         for row in starts[step]:
             k = bisect_left(busy, row)
             near = busy[max(0, k - 1) : k + 1]
-            hit = next(
-                (n for n in near if n[0] == row[0] and n[1] < row[2] and row[1] < n[2]), None
-            )
+            tier, first, end, root = row
+            hit = next((n for n in near if n[0] == tier and n[1] < end and first < n[2]), None)
             if hit is None:
                 busy.insert(k, row)
                 continue

@@ -106,6 +106,8 @@ class _Search:
         self.instance = make_instance(storages)
         # With a window in a gap the instance is stricter than the problem.
         self.is_exact = all(p.end - p.first == s.size for s in storages for p in s.pieces)
+        # No search finds less: the bound, or more where only the stricter instance says so.
+        self.floor = best.low
         self.rng = np.random.default_rng(seed)
         self.ready: dict[tuple[int, int | None], Ready] = {}
         self.refuted: set[tuple[int, bool, int]] = set()
@@ -121,29 +123,29 @@ class _Search:
                 return
 
     def _is_done(self) -> bool:
-        best, enough = self.best, self.enough
-        if best.peak <= best.low:
+        peak, enough = self.best.peak, self.enough
+        if peak <= self.floor:
             return True
-        return enough is not None and (best.peak <= enough or best.low > enough)
+        return enough is not None and (peak <= enough or self.floor > enough)
 
     def _round(self, turn: int) -> None:
         nodes = (_NODES + _NODES_PER_ITEM * len(self.storages)) * _GROWTH**turn
         orders = list(self._orders(turn))
         with self.clock.until(time.monotonic() + _BOUND_SHARE * self.clock.left()):
-            while not self._is_done() and self._try(self.best.low, orders, nodes) == REFUTED:
+            while not self._is_done() and self._try(self.floor, orders, nodes) == REFUTED:
                 pass
         if self._is_done():
             return
         if self.enough is not None:
             self._try(self.enough, orders, nodes)
             return
-        given_up = self.best.low
+        given_up = self.floor
         for _ in range(_BISECTIONS):
             target = (given_up + self.best.peak) // 2
             if self._is_done() or self.clock.is_over() or target <= given_up:
                 return
             if self._try(target, orders, nodes) != SOLVED:
-                given_up = max(target, self.best.low)
+                given_up = max(target, self.floor)
 
     def _orders(self, turn: int) -> Iterator[_Order]:
         for name, lean in _ORDERS:
@@ -152,7 +154,7 @@ class _Search:
             yield _Order(name, lean, int(self.rng.integers(2**32)))
 
     def _try(self, target: int, orders: Sequence[_Order], nodes: int) -> int:
-        """All orders and variants at one target: SOLVED, REFUTED (proved) or LIMIT."""
+        """All orders and variants at one target: SOLVED, REFUTED or LIMIT."""
         for order in orders:
             for level, fill in _VARIANTS:
                 if (level, fill, target) in self.refuted:
@@ -167,8 +169,10 @@ class _Search:
                     return SOLVED
                 if answer == REFUTED:
                     self.refuted.add((level, fill, target))
-                    if level == _AS_IS and self.is_exact:
-                        self.best.low = max(self.best.low, self._next_peak(target))
+                    if level == _AS_IS:
+                        self.floor = max(self.floor, self._next_peak(target))
+                        if self.is_exact:
+                            self.best.low = max(self.best.low, self.floor)
                         return REFUTED
         return LIMIT
 
