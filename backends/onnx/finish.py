@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
+
+from mopt.signature import Signature
 
 # The version ONNX released together with opset 23.
 IR_VERSION = 11
@@ -25,6 +28,27 @@ def finish(model: ir.Model) -> None:
     common_passes.NameFixPass()(model)
     _order_initializers(model.graph)
     _strip(model)
+
+
+def name_sizes(model: ir.Model, signature: Signature) -> None:
+    """Give the sizes that vary the names of the signature, wherever they occur."""
+    names: dict[str, str] = {}
+    for value, spec in zip(model.graph.inputs, signature.inputs, strict=True):
+        for found, wanted in zip(value.shape or (), spec.shape, strict=True):
+            if isinstance(found, ir.SymbolicDim) and isinstance(wanted, str) and found.value:
+                names.setdefault(found.value, wanted)
+
+    def renamed(size: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
+        if isinstance(size, int) or not size.value:
+            return size
+        return ir.SymbolicDim(
+            re.sub(r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), size.value)
+        )
+
+    inner = (value for node in model.graph for value in node.outputs)
+    for value in dict.fromkeys([*model.graph.inputs, *inner, *model.graph.outputs]):
+        if value.shape is not None:
+            value.shape = ir.Shape([renamed(size) for size in value.shape])
 
 
 def _declare_domains(model: ir.Model) -> None:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 
 from mopt.backends.onnx.export import export_onnx
+from mopt.backends.onnx.finish import name_sizes
 from mopt.backends.onnx.session import open_session
 from mopt.pass_base import Skip
 from mopt.program import Program, site_of
@@ -71,6 +72,7 @@ class OnnxBackend:
             input_names=[spec.name for spec in signature.inputs],
             output_names=[spec.name for spec in signature.outputs],
         )
+        name_sizes(model, signature)
         weights = sum(
             value.const_value.nbytes
             for value in model.graph.initializers.values()

@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from mopt.backends.onnx.export import export_onnx
 from mopt.backends.onnx.operators import OPERATORS
 from mopt.errors import LoweringError
+from mopt.frontend import capture
+from mopt.lowering import lower
 from tests.backends.onnx.exported import captured, dynamic, export
 
 TOLERANCE = 2e-6
@@ -178,3 +180,12 @@ def test_zoo_models_consist_of_listed_operators(name: str) -> None:
     used = {(node.domain, node.op_type) for node in result.model.graph.all_nodes()}
     assert used <= OPERATORS
     assert result.error(*inputs) < 1e-5
+
+
+def test_sizes_in_the_file_carry_the_users_names(tmp_path: Path) -> None:
+    batch = torch.export.Dim("batch")
+    program = capture(nn.Linear(4, 2).eval(), (torch.ones(3, 4),), ({0: batch},))
+    folder = lower(program, "onnx").save(tmp_path / "out")
+    graph = onnx.load(folder / "model.onnx").graph
+    for value in (graph.input[0], graph.output[0]):
+        assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
