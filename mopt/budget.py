@@ -62,12 +62,19 @@ class Budget:
             return texts
         items = [texts] if isinstance(texts, str) else list(texts or ())
         found: dict[str, Constraint] = {}
-        minimize = None
+        minimize: str | None = None
         for text in items:
             if text.replace(" ", "").startswith("minimize="):
-                minimize = text.partition("=")[2].strip()
-                if minimize not in OBJECTIVES:
-                    raise unknown_name("objective", minimize, OBJECTIVES, "mopt compile --help")
+                wanted = text.partition("=")[2].strip()
+                if wanted not in OBJECTIVES:
+                    raise unknown_name("objective", wanted, OBJECTIVES, "mopt compile --help")
+                if minimize not in (None, wanted):
+                    raise UsageError(
+                        f"both minimize={minimize} and minimize={wanted}: one can be made least",
+                        code="contradictory-budget",
+                        hint=f"limit the other: --budget '{wanted}<=0.5x'",
+                    )
+                minimize = wanted
                 continue
             constraint = _parse_one(text)
             if constraint.what in found:

@@ -276,6 +276,9 @@ def _check_budget(budget: Budget, attempt: Attempt, baseline: Artifact) -> None:
     if choice:
         binding = ", ".join(choice.get("binding") or ["none of the limits in the estimates"])
         hint = f"binding: {binding}; nearest point found: {nearest_point(attempt, baseline)}"
+        size, least = budget.get("size"), choice.get("least_if_slower", {}).get("size")
+        if size and least and size.is_met(least, baseline.size_bytes):
+            hint += "; formats that were refused as slower would be small enough: --allow-slower"
     raise BudgetNotMet(
         "the budget is not met: " + "; ".join(missed), artifact=attempt.artifact, hint=hint
     )

@@ -41,6 +41,8 @@ def explain(
         "limits": {q: v + limits.fixed.get(q, 0.0) for q, v in problem.limits.items()},
         "excess": dict(solution.excess),
         "least": {q: v + limits.fixed.get(q, 0.0) for q, v in solution.alone.items()},
+        "least_if_slower": {"size": _least_size(sites) + limits.fixed["size"]},
+        "pairs": len(problem.pairs),
         "checks": dict(solution.checks),
         "estimated": {
             **totals,
@@ -56,6 +58,11 @@ def explain(
         },
         "layers": layers,
     }
+
+
+def _least_size(sites: Sequence[Sites]) -> float:
+    """The smallest sum of bytes, with the formats that were refused for their time."""
+    return sum(min(o.size_bytes for o in (*one.options, *one.slower)) for one in sites)
 
 
 def _layers(

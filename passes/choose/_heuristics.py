@@ -56,7 +56,7 @@ def lagrangian(problem: Problem) -> tuple[tuple[int, ...] | None, float]:
             break
         over = np.array([table[rows, picked].sum() for table in tables]) - limits
         prices = np.maximum(prices + unit / scales * (over / scales) * 4 / (1 + step) ** 0.7, 0)
-    if any(pair.loss < 0 for pair in problem.pairs):
+    if any(amount < 0 for pair in problem.pairs for amount in pair.amounts.values()):
         bound = -np.inf
     return best, bound
 
@@ -108,24 +108,25 @@ class _State:
         table = self._tables[quantity]
         change = table - table[self._rows, self.choice][:, None]
         change = np.where(np.isfinite(change), change, np.nan)
-        if quantity == "loss":
-            for pair in self.problem.pairs:
+        for pair in self.problem.pairs:
+            amount = pair.amount(quantity)
+            if amount:
                 self._add_pair(change, pair.one, pair.one_candidate, pair.other,
-                               pair.other_candidate, pair.loss)  # fmt: skip
+                               pair.other_candidate, amount)  # fmt: skip
                 self._add_pair(change, pair.other, pair.other_candidate, pair.one,
-                               pair.one_candidate, pair.loss)  # fmt: skip
+                               pair.one_candidate, amount)  # fmt: skip
         return change
 
     def _add_pair(
-        self, change: np.ndarray, row: int, column: int, other: int, wanted: int, loss: float
+        self, change: np.ndarray, row: int, column: int, other: int, wanted: int, amount: float
     ) -> None:
         if self.choice[other] != wanted:
             return
         if self.choice[row] == column:
-            change[row] -= loss
-            change[row, column] += loss
+            change[row] -= amount
+            change[row, column] += amount
         else:
-            change[row, column] += loss
+            change[row, column] += amount
 
     def _violations(self) -> np.ndarray:
         """The violation after each move."""

@@ -7,19 +7,21 @@ bytes by an offset, losses by a factor, savings of time by a factor for the form
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mopt.budget import Budget
 from mopt.choice import Baseline, Observation
 from mopt.errors import UsageError
 from mopt.passes.choose._options import ORIGINAL, Option, Sites
-from mopt.passes.choose._program import Candidate, Group, Problem
+from mopt.passes.choose._program import Candidate, Group, Pair, Problem, Solution
 
 # With no budget at all: as fast as possible for a loss that few would notice.
 DEFAULT_LOSS = 0.01
 # Measured factors beyond these say that something else went wrong.
 _LEAST_FACTOR, _LARGEST_FACTOR = 0.02, 1e4
 _SAVINGS = (-2.0, 1.5)
+# Times that differ by less than this share are equal.
+_SAME_TIME = 1e-3
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,13 @@ class Corrections:
 
     def latency(self, option: Option, original: Option) -> float:
         """The corrected ms of an option."""
-        names = set(option.formats.values())
-        factor = min((self.savings.get(name, 1.0) for name in names), default=1.0)
+        factor = self.saving(option)
         return original.latency_ms - factor * (original.latency_ms - option.latency_ms)
+
+    def saving(self, option: Option) -> float:
+        """What the time saved by an option is to be multiplied with."""
+        names = set(option.formats.values())
+        return min((self.savings.get(name, 1.0) for name in names), default=1.0)
 
 
 @dataclass(frozen=True)
@@ -148,8 +154,17 @@ def read_limits(
     return Limits(objective(budget), limits, fixed, whole_ms)
 
 
-def make_problem(sites: Sequence[Sites], limits: Limits, learned: Corrections) -> Problem:
-    """The integer program; options that were measured to be slower than the original stay out."""
+def make_problem(
+    sites: Sequence[Sites], limits: Limits, learned: Corrections, pairs: Sequence[Pair] = ()
+) -> Problem:
+    """The integer program, everything corrected by what was learned."""
+    scaled = [
+        replace(pair, amounts={
+            q: learned.loss * amount if q == "loss" else amount
+            for q, amount in pair.amounts.items()
+        })
+        for pair in pairs
+    ]  # fmt: skip
     groups = []
     for one in sites:
         original = one.options[0]
@@ -166,7 +181,7 @@ def make_problem(sites: Sequence[Sites], limits: Limits, learned: Corrections) -
             for option in one.options
         ]
         groups.append(Group(one.name, tuple(candidates)))
-    return Problem(tuple(groups), limits.minimize, dict(limits.limits))
+    return Problem(tuple(groups), limits.minimize, dict(limits.limits), tuple(scaled))
 
 
 def refuse_measured_slower(sites: Sequence[Sites], learned: Corrections) -> None:
@@ -178,7 +193,20 @@ def refuse_measured_slower(sites: Sequence[Sites], learned: Corrections) -> None
             lost = any(learned.savings.get(name, 1.0) < 0 for name in option.formats.values())
             if option.name != ORIGINAL and lost:
                 one.options.remove(option)
-                one.refused[option.name] = (
-                    f"slower when measured: about {now:.3g} ms, the original "
-                    f"{original.latency_ms:.3g} ms"
-                )
+                one.refuse_slower(option, "measured slower in the whole model", now)
+
+
+def slower_where_chosen(
+    sites: Sequence[Sites], problem: Problem, solution: Solution
+) -> list[tuple[int, float]]:
+    """Groups whose choice takes longer among the others than the original would, with its ms."""
+    found = []
+    for place, one in enumerate(sites):
+        index = solution.choice[place]
+        candidate, original = (problem.groups[place].candidates[i] for i in (index, 0))
+        taken = [pair for pair in problem.pairs_of(place) if pair.is_taken(solution.choice)]
+        now = candidate.amount("latency") + sum(pair.amount("latency") for pair in taken)
+        before = original.amount("latency")
+        if one.options[index].border_ms and now > before * (1 + _SAME_TIME):
+            found.append((place, now))
+    return found

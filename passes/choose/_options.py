@@ -31,6 +31,7 @@ class Option:
 
     ``loss`` is filled in once it is known; ``loss_source`` says how: exact or estimated.
     ``latency_source`` is measured where this very layer was timed in this format, else estimated.
+    ``border_ms`` is the part of the time that converts values for neighbours computed in float.
     """
 
     name: str
@@ -40,16 +41,27 @@ class Option:
     loss: float = 0.0
     loss_source: str = "exact"
     latency_source: str = "estimated"
+    border_ms: float = 0.0
 
 
 @dataclass
 class Sites:
-    """Layers that must agree, their options (the original first), and what was refused and why."""
+    """Layers that must agree, their options (the original first), and what was refused and why.
+
+    ``slower`` are the options that were refused for their time alone.
+    """
 
     name: str
     layers: tuple[Layer, ...]
     options: list[Option] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    slower: list[Option] = field(default_factory=list)
+
+    def refuse_slower(self, option: Option, how: str, latency_ms: float) -> None:
+        """Take an option out for its time; it is kept in mind, in case slower is allowed."""
+        before = self.options[0].latency_ms
+        self.refused[option.name] = f"{how}: {latency_ms:.3g} ms, the original {before:.3g} ms"
+        self.slower.append(option)
 
 
 def read_sites(program: Program, selects: Any, min_size: int) -> tuple[list[Sites], dict[str, str]]:
@@ -64,7 +76,7 @@ def read_sites(program: Program, selects: Any, min_size: int) -> tuple[list[Site
         weight = program.weight(layer.weight)
         if not selects(layer.path):
             left[layer.path] = "the options layers and skip leave it out"
-        elif prod(layer.shape) < min_size:
+        elif layer.kind != "convolution" and prod(layer.shape) < min_size:
             left[layer.path] = f"{prod(layer.shape)} weights are fewer than min_size {min_size}"
         elif weight.dtype != torch.float32:
             kind = str(weight.dtype).removeprefix("torch.")
@@ -160,7 +172,7 @@ def _add_option(
     allow_slower: bool,
 ) -> None:  # fmt: skip
     formats: dict[str, str] = {}
-    latency, levels = 0.0, set()
+    latency, border, levels = 0.0, 0.0, set()
     for layer in one.layers:
         own = "int8-row" if layer.kind == "embedding" and name in _SHARED_CODES else name
         reason = find_format(own).check(layer, program.weight(layer.weight))
@@ -171,18 +183,20 @@ def _add_option(
             else:
                 latency += found[0]
                 levels.add(found[1])
+                if own in STATIC:
+                    border += found[0] - (_latency(model, layer, own, one, alone=False) or found)[0]
         if reason is not None:
             one.refused[name] = reason
             return
         formats[layer.path] = own
-    before = one.options[0].latency_ms
-    if latency > before + noise and not allow_slower:
-        one.refused[name] = (
-            f"{_worst(levels)} slower: {latency:.3g} ms, the original {before:.3g} ms"
-        )
-        return
-    bytes_ = _bytes(program, one, formats)
-    one.options.append(Option(name, formats, bytes_, latency, latency_source=_worst(levels)))
+    source = _worst(levels)
+    option = Option(name, formats, _bytes(program, one, formats), latency, 0.0, "exact", source,
+                    max(border, 0.0))  # fmt: skip
+    # Between neighbours in 8 bits nothing is converted: the choice as a whole tells.
+    if latency - border > one.options[0].latency_ms + noise and not allow_slower:
+        one.refuse_slower(option, f"{source} slower", latency - border)
+    else:
+        one.options.append(option)
 
 
 def _bytes(program: Program, one: Sites, formats: Mapping[str, str]) -> float:
@@ -200,9 +214,12 @@ def _bytes(program: Program, one: Sites, formats: Mapping[str, str]) -> float:
 
 
 def _latency(
-    model: CostModel | None, layer: Layer, name: str, one: Sites
+    model: CostModel | None, layer: Layer, name: str, one: Sites, *, alone: bool = True
 ) -> tuple[float, str] | None:
-    """The ms of all calls of a layer and how they are known, None where there is no kernel."""
+    """The ms of all calls of a layer and how they are known, None where there is no kernel.
+
+    ``alone`` counts the conversions of a layer in 8 bits between float ones.
+    """
     if model is None:
         return 0.0, "estimated"
     total, sources = 0.0, set()
@@ -211,7 +228,7 @@ def _latency(
         try:
             cost = model.layer_cost(
                 asked.kind, asked.shape, asked.weight_format, rows=asked.rows,
-                sharers=asked.sharers, geometry=asked.geometry,
+                sharers=asked.sharers, geometry=asked.geometry, isolated=alone,
             )  # fmt: skip
         except UsageError as error:
             if error.code in ("no-kernel", "no-processor"):

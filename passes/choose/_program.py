@@ -3,8 +3,8 @@
     minimize  sum of amounts[minimize]   subject to   sum of amounts[q] <= limits[q] for every q
 
 Amounts are differences from the uncompressed model or absolute, as the caller likes, in bytes
-(size, memory), ms (latency), mJ (energy) and shares of quality (loss). A pair adds to the loss when
-two groups take two certain candidates together.
+(size, memory), ms (latency), mJ (energy) and shares of quality (loss). A pair adds amounts,
+positive or negative, when two groups take two certain candidates together.
 """
 
 from __future__ import annotations
@@ -41,13 +41,21 @@ class Group:
 
 @dataclass(frozen=True)
 class Pair:
-    """Loss (may be negative) beyond the sum when two groups take these candidates, by index."""
+    """What is added to the sums when two groups take these candidates, by index."""
 
     one: int
     one_candidate: int
     other: int
     other_candidate: int
-    loss: float
+    amounts: Mapping[str, float]
+
+    def amount(self, quantity: str) -> float:
+        """How much of a quantity the pair adds."""
+        return float(self.amounts.get(quantity, 0.0))
+
+    def is_taken(self, choice: Sequence[int]) -> bool:
+        """Whether a choice takes both candidates."""
+        return choice[self.one] == self.one_candidate and choice[self.other] == self.other_candidate
 
 
 @dataclass(frozen=True)
@@ -72,13 +80,7 @@ class Problem:
             group.candidates[index].amount(quantity)
             for group, index in zip(self.groups, choice, strict=True)
         )
-        if quantity == "loss":
-            total += sum(
-                pair.loss for pair in self.pairs
-                if choice[pair.one] == pair.one_candidate
-                and choice[pair.other] == pair.other_candidate
-            )  # fmt: skip
-        return total
+        return total + sum(pair.amount(quantity) for pair in self.pairs if pair.is_taken(choice))
 
     def totals(self, choice: Sequence[int]) -> dict[str, float]:
         """Every quantity's sum."""
@@ -92,6 +94,10 @@ class Problem:
             if over > SLACK * max(abs(limit), self.scale(quantity)):
                 found[quantity] = over
         return found
+
+    def pairs_of(self, group: int) -> list[Pair]:
+        """The pairs that a group is in."""
+        return [pair for pair in self.pairs if group in (pair.one, pair.other)]
 
     def scale(self, quantity: str) -> float:
         """A typical magnitude of a quantity's sum, positive: to compare unlike quantities."""

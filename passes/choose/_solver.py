@@ -9,7 +9,7 @@ from dataclasses import replace
 import pulp
 
 from mopt.passes.choose._heuristics import greedy, improve, lagrangian
-from mopt.passes.choose._program import Problem, Solution
+from mopt.passes.choose._program import QUANTITIES, Pair, Problem, Solution
 
 GAP = 1e-3
 # Smaller duals, in units of both scales, are rounding of the linear solver.
@@ -87,20 +87,28 @@ def _polish(problem: Problem, choice: Sequence[int]) -> list[int]:
     """No group keeps a candidate that another is no worse than in everything, better in one.
 
     The objective and the limits say nothing about other quantities, so a solver leaves those to
-    chance. Groups in pairs are left alone: their loss is not their own.
+    chance. What a group adds in pairs with the others as chosen counts as its own.
     """
-    paired = {i for pair in problem.pairs for i in (pair.one, pair.other)}
     polished = list(choice)
     for row, group in enumerate(problem.groups):
-        if row in paired:
-            continue
-        for index, candidate in enumerate(group.candidates):
-            kept = group.candidates[polished[row]].amounts
-            names = {*kept, *candidate.amounts}
-            changes = [candidate.amount(q) - kept.get(q, 0.0) for q in names]
+        pairs = problem.pairs_of(row)
+        for index in range(len(group.candidates)):
+            kept = _own(problem, pairs, polished, row, polished[row])
+            found = _own(problem, pairs, polished, row, index)
+            changes = [now - before for now, before in zip(found, kept, strict=True)]
             if all(change <= 0 for change in changes) and any(change < 0 for change in changes):
                 polished[row] = index
     return polished
+
+
+def _own(
+    problem: Problem, pairs: Sequence[Pair], choice: Sequence[int], row: int, index: int
+) -> list[float]:
+    """Every quantity that a group takes with a candidate, the others being as chosen."""
+    varied = [*choice[:row], index, *choice[row + 1 :]] if pairs else []
+    taken = [pair for pair in pairs if pair.is_taken(varied)]
+    candidate = problem.groups[row].candidates[index]
+    return [candidate.amount(q) + sum(pair.amount(q) for pair in taken) for q in QUANTITIES]
 
 
 def _nearest(problem: Problem, seconds: float, checks: Mapping[str, float | None]) -> Solution:
@@ -144,17 +152,18 @@ class _Model:
             [self.lp.add_variable(f"x_{g}_{c}", 0, 1, kind) for c in range(len(group.candidates))]
             for g, group in enumerate(problem.groups)
         ]
-        self._pairs = []
+        self._pairs: list[tuple[Pair, pulp.LpVariable]] = []
         for number, pair in enumerate(problem.pairs):
             one = self.x[pair.one][pair.one_candidate]
             other = self.x[pair.other][pair.other_candidate]
             both = self.lp.add_variable(f"y_{number}", 0, 1)
-            if pair.loss > 0:
+            # Either side alone is enough for amounts of one sign, which the optimum pushes to it.
+            if any(amount > 0 for amount in pair.amounts.values()):
                 self.lp += both >= one + other - 1
-            else:
+            if any(amount < 0 for amount in pair.amounts.values()):
                 self.lp += both <= one
                 self.lp += both <= other
-            self._pairs.append((pair.loss, both))
+            self._pairs.append((pair, both))
         excess = self._excess_variables() if self._elastic else {}
         if self._elastic:
             self.lp += pulp.lpSum(excess.values())
@@ -178,8 +187,10 @@ class _Model:
             for row, group in zip(self.x, self.problem.groups, strict=True)
             for variable, candidate in zip(row, group.candidates, strict=True)
         ]
-        if quantity == "loss":
-            terms += [(both, loss / scale) for loss, both in self._pairs]
+        terms += [
+            (both, pair.amount(quantity) / scale) for pair, both in self._pairs
+            if pair.amount(quantity)
+        ]  # fmt: skip
         return pulp.LpAffineExpression(terms)
 
     def solve(

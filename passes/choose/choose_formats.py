@@ -16,10 +16,20 @@ from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option
 from mopt.passes.choose._explain import explain
 from mopt.passes.choose._limits import (
     Corrections,
+    Limits,
     asks_for_size,
     make_problem,
     read_limits,
     refuse_measured_slower,
+    slower_where_chosen,
+)
+from mopt.passes.choose._neighbours import (
+    Interaction,
+    find_neighbours,
+    interactions,
+    merged,
+    placed,
+    saved_times,
 )
 from mopt.passes.choose._options import (
     Sites,
@@ -29,6 +39,7 @@ from mopt.passes.choose._options import (
     requests,
 )
 from mopt.passes.choose._place import place
+from mopt.passes.choose._program import Problem, Solution
 from mopt.passes.choose._sensitivity import Losses, estimate
 from mopt.passes.choose._solver import solve
 from mopt.program import Program
@@ -51,9 +62,10 @@ class ChooseFormats(Pass):
     the result and corrects the choice.
 
     ## Limits
-    float32 layers. Losses of layers are added up; where they interact, the measured result
-    corrects the sum as a whole. Formats that are estimated to be slower than the original are left
-    out unless the compile allows slower results.
+    float32 layers. Losses of layers are added up, except for neighbours, whose joint loss is
+    measured while work is left for it; the measured result corrects the sum as a whole. Formats
+    that are slower than the original, as measured or estimated, are left out unless the compile
+    allows slower results.
 
     ## Example
     A language model keeps its first and last layers in int8 and the rest in int4.
@@ -71,6 +83,7 @@ class ChooseFormats(Pass):
     )  # fmt: skip
     batches: int = option(1, min=1, help="calibration batches that losses are measured on")
     exact_tflop: float = option(0.6, min=0, help="work that auto spends on exact losses, in TFLOP")
+    pairs: int = option(32, min=0, help="most pairs of neighbours whose joint loss is measured")
     gap: float = option(0.001, min=0, max=1, help="how far from the best the choice may be")
     seconds: float = option(60.0, min=0.1, help="time limit of the solver")
     min_size: int = option(4096, min=0, help="leave layers with fewer weights alone")
@@ -101,10 +114,9 @@ class ChooseFormats(Pass):
         learned = Corrections.learn(ctx.observations, baseline, budget)
         if not ctx.allow_slower:
             refuse_measured_slower(sites, learned)
-        spent = self._fill_losses(program, ctx, sites)
+        spent, together = self._fill_losses(program, ctx, sites)
         limits = read_limits(budget, sites, baseline, learned, ctx.observations)
-        problem = make_problem(sites, limits, learned)
-        solution = solve(problem, gap=self.gap, seconds=self.seconds)
+        problem, solution = self._solve(program, ctx, sites, limits, learned, together)
         chosen = {
             path: name
             for one, index in zip(sites, solution.choice, strict=True)
@@ -136,6 +148,29 @@ class ChooseFormats(Pass):
             skipped=skipped,
         )  # fmt: skip
 
+    def _solve(
+        self, program: Program, ctx: PassContext, sites: list[Sites], limits: Limits,
+        learned: Corrections, together: Sequence[Interaction],
+    ) -> tuple[Problem, Solution]:  # fmt: skip
+        """Solve, and again without what turns out to be slower where it was chosen."""
+        near = find_neighbours(program, sites)
+        while True:
+            pairs = merged([
+                *saved_times(sites, near, lambda option_: max(learned.saving(option_), 0.0)),
+                *placed(sites, together),
+            ])  # fmt: skip
+            problem = make_problem(sites, limits, learned, pairs)
+            solution = solve(problem, gap=self.gap, seconds=self.seconds)
+            slower = slower_where_chosen(sites, problem, solution)
+            if ctx.allow_slower or not slower:
+                return problem, solution
+            for place_, now in slower:
+                one = sites[place_]
+                option_ = one.options.pop(solution.choice[place_])
+                one.refuse_slower(
+                    option_, f"{option_.latency_source} slower among its neighbours", now
+                )
+
     # ---- candidates
 
     def _given(self) -> list[str]:
@@ -166,8 +201,8 @@ class ChooseFormats(Pass):
 
     def _fill_losses(
         self, program: Program, ctx: PassContext, sites: Sequence[Sites]
-    ) -> dict[str, Any]:
-        """Fill in what every option costs in quality; how that was found, for the report."""
+    ) -> tuple[dict[str, Any], list[Interaction]]:
+        """Fill in what every option costs in quality; how that was found, and what pairs add."""
         calls = [(program.args, program.kwargs)]
         if ctx.calibration is not None:
             calls = list(islice(ctx.calibration.for_part(program), self.batches))
@@ -178,25 +213,31 @@ class ChooseFormats(Pass):
         work = [(one, option_) for one in sites for option_ in one.options[1:]]
         exact = self._exact_share(program, len(work), len(calls))
         error: float | None = None
+        together: list[Interaction] = []
         if exact >= 1:
             for index, (_, option_) in enumerate(work):
                 ctx.progress.step(index, len(work), "formats of layers")
                 option_.loss = losses.exact(option_.formats)
+            ctx.progress.step(len(work), len(work), "formats of layers")
+            most = min(self.pairs, int((exact - 1) * len(work)))
+            together = interactions(sites, losses.exact, most)
         else:
             error = self._estimate_losses(program, ctx, sites, losses, exact, kind)
         return {
             "loss": kind, "batches": len(calls), "exact": losses.measured, "cached": losses.cached,
             "estimated": sum(option_.loss_source == "estimated" for _, option_ in work),
-            "estimate_error": error,
-        }  # fmt: skip
+            "estimate_error": error, "pairs": len(together),
+        }, together  # fmt: skip
 
     def _exact_share(self, program: Program, swaps: int, batches: int) -> float:
         """The share of swaps to measure exactly; decided by work, which no clock disturbs."""
-        if self.sensitivity == "exact" or not swaps:
+        if not swaps:
             return 1.0
         # After a swap only what follows it runs again: half of the model on average.
         work = swaps * batches * max(program.flops(), 1) / 2
         share = self.exact_tflop * 1e12 / work
+        if self.sensitivity == "exact":
+            return max(share, 1.0)
         return min(share, 0.5) if self.sensitivity == "estimate" else share
 
     def _estimate_losses(

@@ -39,6 +39,7 @@ def test_units(text: str, what: str, value: float, relative: bool) -> None:
         (["sise<=25MB"], "unknown-budget", "'size'"),
         (["latency"], "bad-budget", "latency<=0.5x"),
         (["size<=25MB", "size<=20MB"], "contradictory-budget", "two budgets for size"),
+        (["minimize=size", "minimize=loss"], "contradictory-budget", "one can be made least"),
         (["minimize=speed"], "unknown-objective", "latency"),
         (["size<=1e999MB"], "bad-budget", "positive"),
     ],

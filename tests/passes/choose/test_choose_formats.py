@@ -33,7 +33,8 @@ SPEEDS = {"fp32": 1.0, "int8-dynamic": 0.4, "int8-g128": 0.6, "int4-g32": 0.5, "
 class TableModel:
     """A cost model whose times are proportional to the number of weights."""
 
-    def __init__(self, **speeds: float) -> None:
+    def __init__(self, border: float = 0.0, **speeds: float) -> None:
+        self.border = border
         self.speeds = SPEEDS | {name.replace("_", "-"): v for name, v in speeds.items()}
         self.device = SimpleNamespace(id="table")
 
@@ -42,12 +43,13 @@ class TableModel:
 
     def layer_cost(
         self, kind: str, shape: Sequence[int], weight_format: str = "fp32", *, rows: int = 1,
-        geometry: Mapping[str, Any] | None = None, sharers: int = 1,
+        geometry: Mapping[str, Any] | None = None, sharers: int = 1, isolated: bool = True,
     ) -> Cost:  # fmt: skip
         name = weight_format.removesuffix("-reduced")
         if name not in self.speeds:
             raise UsageError(f"no kernel for {name}", code="no-kernel")
-        return Cost(self.speeds[name] * math.prod(shape) / 1e6)
+        border = self.border if isolated and name == "int8-qdq" else 0.0
+        return Cost((self.speeds[name] + border) * math.prod(shape) / 1e6)
 
 
 def budget(*texts: str, **more: Any) -> dict[str, Any]:
@@ -160,7 +162,9 @@ def test_formats_that_lost_time_when_measured_are_dropped() -> None:
     second = run(program, "minimize=latency", "quality>=0.9", observations=(seen,))
     assert "int8-dynamic" not in second.plan["formats"].values()
     row = next(iter(second.plan["choice"]["layers"].values()))
-    assert any("slower when measured" in c.get("reason", "") for c in row["candidates"])
+    assert any(
+        "measured slower in the whole model" in c.get("reason", "") for c in row["candidates"]
+    )
 
 
 def test_another_budget_measures_nothing_twice(tmp_path: Path) -> None:
@@ -217,6 +221,66 @@ def test_static_int8_for_convolutions_when_there_is_data() -> None:
     data = Calibration([program.args], program)
     result = run(program, "minimize=latency", "quality>=0.9", calibration=data)
     assert "int8-qdq" in {n.removesuffix("-reduced") for n in result.plan["formats"].values()}
+
+
+class Chain(nn.Module):
+    """Convolutions with nothing but a relu between them, and one behind a sigmoid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.third(torch.sigmoid(self.second(torch.relu(self.first(x)))))
+
+
+def chain(border: float, *texts: str, **more: Any) -> dict[str, Any]:
+    from mopt.calibration import Calibration
+    from mopt.frontend import capture
+
+    program = capture(Chain().eval(), (torch.randn(2, 8, 6, 6),))
+    data = Calibration([program.args], program)
+    model = TableModel(border)
+    done = run(program, *texts, cost_model=model, calibration=data, **more)
+    choice: dict[str, Any] = done.plan["choice"]
+    return choice
+
+
+def test_conversions_between_neighbours_in_8_bits_cost_nothing() -> None:
+    # Half of a border is the input's: alone 0.3 + 0.8 is slower than 1, two in a row are not.
+    choice = chain(0.8, "minimize=latency", "quality>=0.5")
+    kept = {path: row["chosen"].removesuffix("-reduced") for path, row in choice["layers"].items()}
+    assert kept == {"first": "int8-qdq", "second": "int8-qdq", "third": "original"}
+    weights = 8 * 8 * 9 / 1e6
+    assert choice["estimated"]["latency"] == pytest.approx((2 * 1.1 - 0.8 + 1) * weights)
+
+
+def test_no_layer_is_slower_where_it_was_chosen() -> None:
+    # The budget on size would take all of them.
+    strict = chain(0.8, "minimize=size", "quality>=0.5")
+    third = strict["layers"]["third"]
+    assert "int8" not in third["chosen"]
+    assert any("slower among its neighbours" in c.get("reason", "") for c in third["candidates"])
+    assert strict["least_if_slower"]["size"] < strict["estimated"]["size"]
+    loose = chain(0.8, "minimize=size", "quality>=0.5", allow_slower=True)
+    assert all(row["chosen"].startswith("int8-qdq") for row in loose["layers"].values())
+
+
+def test_what_neighbours_cost_together_is_measured() -> None:
+    program = tiny.mlp(64, 64).capture()
+    texts = ("minimize=size", "quality>=0.9")
+    alone = run(program, *texts, options={"pairs": 0, "formats": "int4-g32"}).plan["choice"]
+    joint = run(program, *texts, options={"formats": "int4-g32"}).plan["choice"]
+    assert alone["pairs"] == 0
+    assert joint["pairs"] == joint["sensitivity"]["pairs"] == 1
+    # Both layers are in the pair and nothing else is lost: the estimate is what is measured.
+    from mopt.passes.choose._place import place
+    from mopt.passes.choose._sensitivity import Losses
+
+    losses = Losses(program, PassContext(), [(program.args, program.kwargs)], "cosine", place)
+    both = losses.exact({path: "int4-g32" for path in joint["layers"]})
+    assert joint["estimated"]["loss"] == pytest.approx(both)
+    assert alone["estimated"]["loss"] != pytest.approx(both, rel=1e-3)
 
 
 def test_a_table_and_a_head_that_share_their_weight_share_the_format() -> None:

@@ -36,7 +36,13 @@ def make(seed: int, groups: int, width: int, pairs: int = 0) -> Problem:
             ))  # fmt: skip
         made.append(Group(f"layer{g:03}", tuple(row)))
     terms = tuple(
-        Pair(g, rng.randrange(1, width), g + 1, rng.randrange(1, width), rng.uniform(-0.01, 0.03))
+        Pair(
+            g,
+            rng.randrange(1, width),
+            g + 1,
+            rng.randrange(1, width),
+            {"loss": rng.uniform(-0.01, 0.03), "latency": rng.uniform(-0.3, 0.1)},
+        )
         for g in range(min(pairs, groups - 1))
     )
     problem = Problem(tuple(made), "loss", {}, terms)
@@ -147,8 +153,24 @@ def test_keeps_no_candidate_that_another_beats_in_everything() -> None:
 def test_pairs_change_the_choice() -> None:
     rows = (candidate("fp32", 4, 1, 0), candidate("int4", 1, 1, 0.1))
     groups = (Group("a", rows), Group("b", rows), Group("c", rows))
-    problem = Problem(groups, "loss", {"size": 6}, (Pair(0, 1, 1, 1, 0.5), Pair(1, 1, 2, 1, 0.4)))
+    problem = Problem(
+        groups,
+        "loss",
+        {"size": 6},
+        (Pair(0, 1, 1, 1, {"loss": 0.5}), Pair(1, 1, 2, 1, {"loss": 0.4})),
+    )
     assert solve(problem, gap=0.0).choice == (1, 0, 1)
+
+
+def test_what_pays_only_together_is_taken_together() -> None:
+    rows = (candidate("fp32", 4, 1.0, 0), candidate("int8-qdq", 1, 1.2, 0.01))
+    groups = (Group("a", rows), Group("b", rows), Group("c", rows))
+    chain = (Pair(0, 1, 1, 1, {"latency": -0.4}), Pair(1, 1, 2, 1, {"latency": -0.4}))
+    limits = {"loss": 0.1}
+    assert solve(Problem(groups, "latency", limits), gap=0.0).choice == (0, 0, 0)
+    found = solve(Problem(groups, "latency", limits, chain), gap=0.0)
+    assert found.choice == (1, 1, 1)
+    assert math.isclose(found.totals["latency"], 2.8)
 
 
 def test_nothing_to_choose() -> None:
