@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from mopt.backends.onnx.export import export_onnx
 from mopt.backends.onnx.operators import OPERATORS
-from mopt.errors import LoweringError
+from mopt.errors import ArtifactError, LoweringError
 from mopt.frontend import capture
-from mopt.lowering import lower
+from mopt.lowering import load, lower
 from tests.backends.onnx.exported import captured, dynamic, export
 
 TOLERANCE = 2e-6
@@ -189,3 +189,23 @@ def test_sizes_in_the_file_carry_the_users_names(tmp_path: Path) -> None:
     graph = onnx.load(folder / "model.onnx").graph
     for value in (graph.input[0], graph.output[0]):
         assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
+def test_large_models_keep_their_weights_beside_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """protobuf ends at 2 GiB; what counts is the size of the weights, here as of 1 kB."""
+    monkeypatch.setattr("mopt.backends.onnx.lower.EXTERNAL_FROM_BYTES", 1000)
+    module, x = (
+        nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)).eval(),
+        torch.ones(2, 16),
+    )
+    folder = lower(capture(module, (x,)), "onnx").save(tmp_path / "out")
+    assert (folder / "model.onnx.data").stat().st_size >= 16 * 32 * 4
+    moved = folder.rename(tmp_path / "moved")
+    assert torch.allclose(load(moved)(x), module(x), atol=1e-5)
+    raw = bytearray((moved / "model.onnx.data").read_bytes())
+    raw[100] ^= 1
+    (moved / "model.onnx.data").write_bytes(raw)
+    with pytest.raises(ArtifactError, match=r"model\.onnx\.data"):
+        load(moved)
