@@ -15,21 +15,23 @@ out of a tight packing.
 
 from __future__ import annotations
 
+import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from heapq import heappop, heappush
 
 from mopt.passes.schedule._instance import Instance, Item
 
-BLOCKS, PAIRS, STACKS = 1, 2, 3
+BLOCKS, PAIRS, STACKS, GUESSES = 1, 2, 3, 4
 
 
-def contract(instance: Instance, level: int, fill_to: int | None = None) -> Instance:
+def contract(instance: Instance, level: int, fill_to: int | None = None, seed: int = 0) -> Instance:
     """Glue items; ``parts`` of the result name items of ``instance``.
 
     BLOCKS glues what must lie together if no room is wasted. PAIRS also guesses which of several
     items ending and starting at a step belong together, by equal and unique sizes. STACKS also
-    puts items with the same span on each other. ``fill_to`` is a height in grains.
+    puts items with the same span on each other. GUESSES takes any of several equal sizes, by
+    ``seed``. ``fill_to`` is a height in grains.
     """
     items = [
         Item(x.size, x.align, x.fixed, x.bytes, x.spans, ((i, 0),))
@@ -37,7 +39,7 @@ def contract(instance: Instance, level: int, fill_to: int | None = None) -> Inst
     ]
     if fill_to is not None:
         items += _free_room(instance, fill_to)
-    glue = _Glue(items, instance.grain)
+    glue = _Glue(items, instance.grain, random.Random(seed) if level == GUESSES else None)
     glue.run(level)
     kept = [item for item in glue.items.values() if item.parts]
     return Instance(tuple(kept), instance.grain)
@@ -107,7 +109,8 @@ def _filler(size: int, lower: int, upper: int, grain: int) -> Item:
 class _Glue:
     """Items by number, and which of those that can be glued end and start at each step."""
 
-    def __init__(self, items: Sequence[Item], grain: int) -> None:
+    def __init__(self, items: Sequence[Item], grain: int, rng: random.Random | None) -> None:
+        self.rng = rng
         self.items = dict(enumerate(items))
         self.grain = grain
         self.next = len(items)
@@ -133,7 +136,9 @@ class _Glue:
                     heappop(self.todo)
                 while step not in self.blocked and self._glue_at(step, level):
                     pass
-            if level < STACKS or not self._stack_shortest():
+            if level >= STACKS and self._stack_shortest():
+                continue
+            if not self._guess():
                 return
 
     def _glue_at(self, step: int, level: int) -> bool:
@@ -167,12 +172,28 @@ class _Glue:
         once = [z for z in sizes if sizes[z] == 1 and sizes_after.get(z) == 1]
         if not once:
             return False
-        size = max(once)
+        size = self.rng.choice(once) if self.rng else max(once)
         self._join(
             next(ids for ids in before if self._sum(ids) == size),
             next(ids for ids in after if self._sum(ids) == size),
         )
         return True
+
+    def _guess(self) -> bool:
+        """Glue an item to any of several of its size that start where it ends."""
+        if self.rng is None:
+            return False
+        steps = [t for t, ends in self.ends.items() if ends and t not in self.blocked]
+        for step in self.rng.sample(steps, len(steps)):
+            starts = self.starts[step]
+            sizes = {self.items[i].size for i in starts}
+            before = [i for i in self.ends[step] if self.items[i].size in sizes]
+            if before:
+                first = self.rng.choice(before)
+                equal = [i for i in starts if self.items[i].size == self.items[first].size]
+                self._join((first,), (self.rng.choice(equal),))
+                return True
+        return False
 
     def _stack_shortest(self) -> bool:
         """Put the items with the shortest span that several share on each other."""

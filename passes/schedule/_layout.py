@@ -18,22 +18,20 @@ import numpy as np
 
 from mopt.memory import Storage
 from mopt.passes.schedule import _greedy
-from mopt.passes.schedule._contract import BLOCKS, PAIRS, STACKS, contract, unfold
 from mopt.passes.schedule._instance import Instance, make_instance
-from mopt.passes.schedule._run import LIMIT, REFUTED, SOLVED, Clock, Guide, Ready, run
+from mopt.passes.schedule._run import LIMIT, REFUTED, SOLVED, Clock, Guide, run
+from mopt.passes.schedule._variants import AS_IS, USUAL, Variant, Variants, greedy_on, guesses
 
-_AS_IS = 0
-# Gluing level and whether free room becomes items, from what solves most to what solves least.
-_VARIANTS = (
-    (BLOCKS, False), (STACKS, False), (PAIRS, True), (PAIRS, False), (STACKS, True),
-    (_AS_IS, False), (BLOCKS, True),
-)  # fmt: skip
 _ORDERS = (
     ("duration", 0.0), ("size", 0.5), ("area", 0.0), ("duration", 0.5), ("start", 0.0),
     ("size", 0.0), ("duration", 1.0), ("size", 1.0), ("area", 0.5), ("start", 0.5),
 )  # fmt: skip
 # Orders that are also tried disturbed, from the second round on.
 _DISTURBED = 4
+# Ways of gluing at random that each round but the first tries.
+_GUESSED = 6
+# Variants with more items are tried with the first orders only, which mostly work if any does.
+_LARGE, _ORDERS_IF_LARGE = 500, 2
 # Nodes of a try in the first round, besides some for every item, and how they grow.
 _NODES, _NODES_PER_ITEM, _GROWTH = 400, 3, 4
 # Part of the time left that a round may spend at the bound before it looks at higher targets.
@@ -109,8 +107,8 @@ class _Search:
         # No search finds less: the bound, or more where only the stricter instance says so.
         self.floor = best.low
         self.rng = np.random.default_rng(seed)
-        self.ready: dict[tuple[int, int | None], Ready] = {}
-        self.refuted: set[tuple[int, bool, int]] = set()
+        self.variants = Variants(self.instance)
+        self.refuted: set[tuple[Variant, int]] = set()
 
     def run(self) -> None:
         """Until done or out of time."""
@@ -129,22 +127,26 @@ class _Search:
         return enough is not None and (peak <= enough or self.floor > enough)
 
     def _round(self, turn: int) -> None:
-        nodes = (_NODES + _NODES_PER_ITEM * len(self.storages)) * _GROWTH**turn
         orders = list(self._orders(turn))
+        variants = list(self._variants(turn))
+        growth = _GROWTH**turn
         with self.clock.until(time.monotonic() + _BOUND_SHARE * self.clock.left()):
-            while not self._is_done() and self._try(self.floor, orders, nodes) == REFUTED:
-                pass
+            while self._try(self.floor, orders, variants, growth) == REFUTED:
+                if self._is_done():
+                    return
+        if not turn:
+            self._greedy()
         if self._is_done():
             return
         if self.enough is not None:
-            self._try(self.enough, orders, nodes)
+            self._try(self.enough, orders, variants, growth)
             return
         given_up = self.floor
         for _ in range(_BISECTIONS):
             target = (given_up + self.best.peak) // 2
             if self._is_done() or self.clock.is_over() or target <= given_up:
                 return
-            if self._try(target, orders, nodes) != SOLVED:
+            if self._try(target, orders, variants, growth) != SOLVED:
                 given_up = max(target, self.floor)
 
     def _orders(self, turn: int) -> Iterator[_Order]:
@@ -153,47 +155,56 @@ class _Search:
         for name, lean in _ORDERS[: _DISTURBED if turn else 0]:
             yield _Order(name, lean, int(self.rng.integers(2**32)))
 
-    def _try(self, target: int, orders: Sequence[_Order], nodes: int) -> int:
+    def _variants(self, turn: int) -> Iterator[Variant]:
+        yield from USUAL
+        if turn:
+            yield from guesses([int(k) for k in self.rng.integers(2**32, size=_GUESSED)])
+
+    def _try(
+        self, target: int, orders: Sequence[_Order], variants: Sequence[Variant], growth: int
+    ) -> int:
         """All orders and variants at one target: SOLVED, REFUTED or LIMIT."""
-        for order in orders:
-            for level, fill in _VARIANTS:
-                if (level, fill, target) in self.refuted:
+        for k, order in enumerate(orders):
+            for variant in variants:
+                if (variant, target) in self.refuted:
                     continue
                 if self.clock.is_over():
                     return LIMIT
-                ready = self._variant(level, target if fill else None)
+                ready = self.variants.ready(variant, target)
+                items = len(ready.instance.items)
+                if items > _LARGE * growth and k >= _ORDERS_IF_LARGE:
+                    continue
                 guide = Guide(_rank(ready.instance, order), order.lean)
+                nodes = (_NODES + _NODES_PER_ITEM * items) * growth
                 answer, offsets = run(ready, target, guide, nodes, self.clock)
                 if answer == SOLVED:
-                    self._take(ready.instance, offsets, level)
+                    self._take(self.variants.original(variant, ready, offsets), "search")
                     return SOLVED
                 if answer == REFUTED:
-                    self.refuted.add((level, fill, target))
-                    if level == _AS_IS:
+                    self.refuted.add((variant, target))
+                    if variant.level == AS_IS:
                         self.floor = max(self.floor, self._next_peak(target))
                         if self.is_exact:
                             self.best.low = max(self.best.low, self.floor)
                         return REFUTED
         return LIMIT
 
-    def _variant(self, level: int, fill_to: int | None) -> Ready:
-        key = (level, fill_to)
-        if key not in self.ready:
-            grains = None if fill_to is None else self.instance.room(fill_to)
-            glued = contract(self.instance, level, grains) if level else self.instance
-            if fill_to is not None:
-                # Those of earlier targets are not asked for again soon.
-                self.ready = {k: v for k, v in self.ready.items() if k[1] in (None, fill_to)}
-            self.ready[key] = Ready(glued)
-        return self.ready[key]
+    def _greedy(self) -> None:
+        """Greedy layouts of glued items, which waste less than those of many small ones."""
+        for variant in USUAL:
+            ready = self.variants.ready(variant, self.floor)
+            if variant.level == AS_IS or len(ready.instance.items) > len(self.storages) // 2:
+                continue
+            for offsets in greedy_on(ready):
+                self._take(self.variants.original(variant, ready, offsets), "glued-greedy")
+                if self.clock.is_over():
+                    return
 
-    def _take(self, glued: Instance, found: Sequence[int], level: int) -> None:
-        count = len(self.storages)
-        grains = unfold(glued, found, count) if level else found
+    def _take(self, grains: Sequence[int], solver: str) -> None:
         offsets = {
             s.id: g * self.instance.grain for s, g in zip(self.storages, grains, strict=True)
         }
-        self.best.take(offsets, _greedy.top_of(self.storages, offsets), "search")
+        self.best.take(offsets, _greedy.top_of(self.storages, offsets), solver)
 
     def _next_peak(self, refuted: int) -> int:
         """The least peak above a refuted one that some storage could end at."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mopt.memory import MemoryProblem
 from mopt.passes.schedule import _run
-from mopt.passes.schedule._contract import BLOCKS, PAIRS, STACKS, contract, unfold
+from mopt.passes.schedule._contract import BLOCKS, GUESSES, PAIRS, STACKS, contract, unfold
 from mopt.passes.schedule._instance import Instance, make_instance
 from mopt.passes.schedule._run import LIMIT, REFUTED, SOLVED, Clock, Guide, Ready
 from mopt.passes.schedule._search_twin import Twin
@@ -90,7 +90,7 @@ def test_limits_are_kept_and_refutations_are_proofs() -> None:
     assert compiled(pair, 10, Guide([0, 1], 0.0))[0] == SOLVED
 
 
-@pytest.mark.parametrize("level", [BLOCKS, PAIRS, STACKS])
+@pytest.mark.parametrize("level", [BLOCKS, PAIRS, STACKS, GUESSES])
 @given(problems(most=12), st.booleans())
 @settings(max_examples=40)
 def test_layouts_of_glued_instances_are_layouts(
