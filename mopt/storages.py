@@ -6,7 +6,8 @@ Sizes are those of the example inputs: a program with dynamic shapes is traced f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -63,6 +64,21 @@ class StorageInfo:
     maker: str
     bytes: int
     origin: Origin
+
+
+@dataclass(frozen=True)
+class CallFacts:
+    """How a backend runs a call, and what it allocates besides the result.
+
+    ``call`` names the way it writes its one result to a given place ("" where it cannot), with
+    ``placed_bytes`` of workspace then and ``plain_bytes`` where it allocates the result itself.
+    ``takes`` are the inputs, by node name, in whose memory the result may be written.
+    """
+
+    call: str = ""
+    placed_bytes: int = 0
+    plain_bytes: int = 0
+    takes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -134,7 +150,7 @@ def _trace_shapes(program: Program) -> StorageTrace:
 
 
 class _Tracer(fx.Interpreter):
-    """Runs a graph on converted inputs and weights; every storage lives until the end."""
+    """Runs a graph on converted inputs and weights, and shows every value to ``record``."""
 
     def __init__(
         self,
@@ -160,6 +176,6 @@ class _Tracer(fx.Interpreter):
         return value
 
 
-def tensor_inputs(node: fx.Node) -> Iterator[fx.Node]:
-    """The nodes whose values a node is given, each once."""
-    yield from dict.fromkeys(node.all_input_nodes)
+def graph_key(program: Program) -> str:
+    """A hash of the graph that a memory plan belongs to: any edit makes another one."""
+    return hashlib.sha256(program.text().encode()).hexdigest()

@@ -115,6 +115,7 @@ def _read_node(
         node = graph.output(tuple(_decode(a, known) for a in entry["args"]))
     else:
         raise ValueError("unknown kind of node")
+    node.meta["name"] = name
     known[name] = node
 
 

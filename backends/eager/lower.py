@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from mopt.backends.eager.graph_file import operator_name, read_graph, write_graph
+from mopt.backends.eager.plan_file import PLAN, read_layout
+from mopt.backends.eager.planned import PlannedGraph
+from mopt.backends.eager.recorder import record_calls
+from mopt.backends.eager.replay import replay
 from mopt.errors import ArtifactError
 from mopt.json_files import json_bytes, parse_json
 from mopt.pass_base import Skip
@@ -18,6 +22,7 @@ from mopt.program import Program, site_of
 from mopt.safe_read import Folder
 from mopt.safetensors_files import read_torch
 from mopt.signature import Signature
+from mopt.storages import CallFacts, StorageTrace
 
 GRAPH = "graph.json"
 WEIGHTS = "weights.safetensors"
@@ -26,8 +31,8 @@ WEIGHTS = "weights.safetensors"
 class EagerRunner:
     """Runs a graph file in PyTorch."""
 
-    def __init__(self, module: torch.fx.GraphModule, threads: int | None) -> None:
-        self._module: torch.fx.GraphModule | None = module
+    def __init__(self, module: Callable[..., Any], threads: int | None) -> None:
+        self._module: Callable[..., Any] | None = module
         self._threads = threads
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
@@ -58,11 +63,24 @@ class EagerBackend:
         ]
 
     def lower(self, program: Program, folder: Path, signature: Signature) -> list[str]:
-        """Write ``graph.json`` and ``weights.safetensors``."""
+        """Write ``graph.json`` and ``weights.safetensors``, and ``plan.json`` if there is a plan.
+
+        A plan is replayed before it is written. Raises LoweringError ``stale-plan`` for one of
+        another graph, ``memory-plan-missed`` where the run needs more, ``planned-output``.
+        """
         graph, weights = write_graph(program)
         (folder / GRAPH).write_bytes(json_bytes(graph, indent=None))
         save_file(weights, folder / WEIGHTS)
-        return [GRAPH, WEIGHTS]
+        plan = program.plan.get("memory")
+        if plan is None or plan["backend"] != self.name:
+            return [GRAPH, WEIGHTS]
+        measured = replay(program, plan)
+        (folder / PLAN).write_bytes(json_bytes({**plan, "measured_bytes": measured}))
+        return [GRAPH, WEIGHTS, PLAN]
+
+    def record_calls(self, program: Program) -> tuple[StorageTrace, dict[str, CallFacts]]:
+        """What a memory planner has to know: a run on the example inputs, call by call."""
+        return record_calls(program)
 
     def open(self, folder: Path, signature: Signature, *, threads: int | None) -> EagerRunner:
         """Load a graph file and its weights."""
@@ -74,7 +92,19 @@ class EagerBackend:
                 # Kernels pick their code path by alignment, which a mapped file does not have:
                 # copies make the loaded model equal to the captured one bit for bit.
                 weights = {name: tensor.clone() for name, tensor in read_torch(file).items()}
-        return EagerRunner(read_graph(data, weights), threads)
+            plan = None
+            if (folder / PLAN).exists():
+                with opened.open_file(PLAN) as file:
+                    plan = parse_json(file.read(), name=PLAN, error=ArtifactError,
+                                      max_bytes=64 << 20, max_values=20_000_000)  # fmt: skip
+        module = read_graph(data, weights)
+        del weights
+        if plan is None:
+            return EagerRunner(module, threads)
+        names = {node: node.meta["name"] for node in module.graph.nodes}
+        return EagerRunner(
+            PlannedGraph(module, read_layout(plan), names, consume=True), threads
+        )  # fmt: skip
 
     def bench_command(self, folder: Path, inputs: Path, *, threads: int | None) -> list[str]:
         """Time the graph in a fresh process."""

@@ -13,7 +13,7 @@ avg_pool1d avg_pool2d avg_pool3d baddbmm batch_norm bernoulli bilinear binary_cr
 bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor bmm
 broadcast_tensors broadcast_to bucketize cat cdist ceil celu channel_shuffle chunk clamp clamp_
 clamp_max clamp_min clone constant_pad_nd contiguous conv1d conv2d conv3d conv_transpose1d
-conv_transpose2d conv_transpose3d convolution copy copysign cos cosh cosine_similarity
+conv_transpose2d conv_transpose3d convolution copy copy_ copysign cos cosh cosine_similarity
 cross_entropy_loss cummax cummin cumprod cumsum detach detach_ diag diag_embed diagonal diff
 div div_ dot dropout dropout_ einsum elu elu_ embedding embedding_bag empty empty_like eq erf
 erfc erfinv exp exp2 expand expand_as expm1 eye fft_fft fft_fft2 fft_fftn fft_ifft fft_ifft2

@@ -1,0 +1,181 @@
+"""The problem of ordering calls for the least memory, and what an order costs.
+
+An operator makes storages, touches them and others, and may need a workspace while it runs. A
+storage lives from the call that makes it to the last one that touches it. The peak is counted as
+memory-planning sheets do: what is alive before, plus what the call makes, plus its workspace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class OrderProblem:
+    """Operators ``0..n-1`` in their present order.
+
+    ``before[v]`` must run earlier than ``v``. ``makes[v]`` and ``touches[v]`` are storages
+    (``makes`` is part of ``touches``), ``sizes`` their bytes, ``kept`` those alive until the end.
+    ``takes[v]`` are storages whose memory the one storage that ``v`` makes may take over if ``v``
+    is the last to touch them.
+    """
+
+    before: tuple[tuple[int, ...], ...]
+    makes: tuple[tuple[int, ...], ...]
+    touches: tuple[tuple[int, ...], ...]
+    sizes: tuple[int, ...]
+    kept: frozenset[int] = frozenset()
+    workspace: tuple[int, ...] = ()
+    takes: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def count(self) -> int:
+        """How many operators there are."""
+        return len(self.before)
+
+    @cached_property
+    def after(self) -> tuple[tuple[int, ...], ...]:
+        """For each operator those that must run later than it, directly."""
+        found: list[list[int]] = [[] for _ in self.before]
+        for v, earlier in enumerate(self.before):
+            for u in earlier:
+                found[u].append(v)
+        return tuple(map(tuple, found))
+
+    @cached_property
+    def touchers(self) -> tuple[tuple[int, ...], ...]:
+        """For each storage the operators that touch it."""
+        found: list[list[int]] = [[] for _ in self.sizes]
+        for v, touched in enumerate(self.touches):
+            for s in touched:
+                found[s].append(v)
+        return tuple(map(tuple, found))
+
+    def needs(self, v: int) -> int:
+        """The workspace of an operator."""
+        return self.workspace[v] if self.workspace else 0
+
+    def may_take(self, v: int) -> tuple[int, ...]:
+        """The storages an operator may reuse for its result."""
+        return self.takes[v] if self.takes else ()
+
+
+class Run:
+    """Operators run one after another: bytes alive, and what each next one would cost."""
+
+    def __init__(self, problem: OrderProblem) -> None:
+        self.problem = problem
+        self.left = [len(touchers) for touchers in problem.touchers]
+        self.live = 0
+        self.peak = 0
+
+    def cost(self, v: int) -> tuple[int, int]:
+        """Bytes above the present ones while ``v`` runs, and after it has run."""
+        problem = self.problem
+        made = sum(problem.sizes[s] for s in problem.makes[v])
+        freed = sum(
+            problem.sizes[s] for s in problem.touches[v]
+            if self.left[s] == 1 and s not in problem.kept
+        )  # fmt: skip
+        return made - self.taken(v) + problem.needs(v), made - freed
+
+    def taken(self, v: int) -> int:
+        """Bytes of the storage that the result of ``v`` takes over, 0 if none."""
+        s = self.taken_storage(v)
+        return 0 if s is None else self.problem.sizes[s]
+
+    def taken_storage(self, v: int) -> int | None:
+        """The storage whose memory the result of ``v`` takes over now, if there is one."""
+        problem = self.problem
+        for s in problem.may_take(v):
+            if self.left[s] == 1 and s not in problem.kept:
+                return s
+        return None
+
+    def copy(self) -> Run:
+        """The same state, to go on from independently."""
+        new = Run.__new__(Run)
+        new.problem, new.left = self.problem, list(self.left)
+        new.live, new.peak = self.live, self.peak
+        return new
+
+    def run(self, v: int) -> None:
+        """Run ``v`` now."""
+        during, after = self.cost(v)
+        self.peak = max(self.peak, self.live + during)
+        self.live += after
+        for s in self.problem.touches[v]:
+            self.left[s] -= 1
+
+
+def peak_of(problem: OrderProblem, order: Sequence[int]) -> tuple[int, int]:
+    """The peak of an order in bytes, and the position where it is reached first."""
+    run, at = Run(problem), 0
+    for position, v in enumerate(order):
+        before = run.peak
+        run.run(v)
+        if run.peak > before:
+            at = position
+    return run.peak, at
+
+
+def is_order(problem: OrderProblem, order: Sequence[int]) -> bool:
+    """Whether an order runs every operator once, none before what it needs."""
+    place = {v: i for i, v in enumerate(order)}
+    return sorted(order) == list(range(problem.count)) and all(
+        place[u] < place[v] for v, earlier in enumerate(problem.before) for u in earlier
+    )
+
+
+def ancestors(problem: OrderProblem) -> list[int]:
+    """For each operator a bit set of those that must run before it."""
+    found: list[int] = []
+    for earlier in problem.before:
+        bits = 0
+        for u in earlier:
+            bits |= found[u] | (1 << u)
+        found.append(bits)
+    return found
+
+
+def descendants(problem: OrderProblem) -> list[int]:
+    """For each operator a bit set of those that must run after it."""
+    found = [0] * problem.count
+    for v in range(problem.count - 1, -1, -1):
+        for u in problem.before[v]:
+            found[u] |= found[v] | (1 << v)
+    return found
+
+
+def forced_bound(problem: OrderProblem) -> int:
+    """Bytes that some operator sees alive in every order: no order has a lower peak.
+
+    A storage is alive while ``v`` runs, whatever the order, if its maker is ``v`` or must run
+    before it, and one of its touchers is ``v`` or must run after it.
+    """
+    count = problem.count
+    earlier, later = ancestors(problem), descendants(problem)
+    total = np.array([problem.needs(v) for v in range(count)], np.int64)
+    for v in range(count):
+        total[v] -= max((problem.sizes[s] for s in problem.may_take(v)), default=0)
+    makers = {s: v for v, made in enumerate(problem.makes) for s in made}
+    for s, maker in makers.items():
+        until = 0
+        for v in problem.touchers[s]:
+            until |= earlier[v] | (1 << v)
+        while_alive = later[maker] | (1 << maker)
+        if s not in problem.kept:
+            while_alive &= until
+        total += problem.sizes[s] * _positions(while_alive, count)
+    return int(total.max(initial=0))
+
+
+def _positions(bits: int, count: int) -> NDArray[np.int64]:
+    """A bit set as zeros and ones."""
+    raw = np.frombuffer(bits.to_bytes(count // 8 + 1, "little"), np.uint8)
+    return np.unpackbits(raw, bitorder="little", count=count).astype(np.int64)
