@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from mopt.memory import Load, Piece, Storage
 
 Ints = NDArray[np.int64]
+# Moments looked at closely; only alignment makes the first few differ from the best.
+_MOMENTS = 256
 
 
 def lower_bound(storages: Sequence[Storage]) -> Load:
@@ -28,10 +30,12 @@ def lower_bound(storages: Sequence[Storage]) -> Load:
     cuts = np.unique([t for _, p in busy for t in (p.lower, p.upper)])
     lower = np.searchsorted(cuts, [p.lower for _, p in busy])
     upper = np.searchsorted(cuts, [p.upper for _, p in busy])
+    plain = _alive(np.array([p.end - p.first for _, p in busy], np.int64), lower, upper, len(cuts))
     most = _most_possible(busy, lower, upper, len(cuts))
-    for t in np.argsort(-most, kind="stable"):
+    moments = [int(np.argmax(plain)), *np.argsort(-most, kind="stable")[:_MOMENTS]]
+    for t in moments:
         if most[t] <= best.bytes:
-            break
+            continue
         alive = [busy[k] for k in np.flatnonzero((lower <= t) & (t < upper))]
         needed = _needed(alive)
         if needed > best.bytes:

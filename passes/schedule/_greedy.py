@@ -15,6 +15,7 @@ from mopt.memory import Storage
 
 Ints = NDArray[np.int64]
 Offsets = dict[str, int]
+_CHECK_EVERY = 64
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,16 @@ class _Layout:
 
 
 def place(
-    storages: Sequence[Storage], order: Sequence[int], best_fit: bool, use_hints: bool = False
+    storages: Sequence[Storage],
+    order: Sequence[int],
+    best_fit: bool,
+    use_hints: bool = False,
+    is_over: Callable[[], bool] | None = None,
 ) -> Offsets:
-    """Offsets of all storages: the fixed ones where they must be, the others in ``order``."""
+    """Offsets of all storages: the fixed ones where they must be, the others in ``order``.
+
+    From when ``is_over()`` on, the rest goes on top of what lies in its steps.
+    """
     layout = _Layout(sum(len(s.pieces) for s in storages))
     offsets = {s.id: 0 for s in storages}
     for s in storages:
@@ -118,11 +126,35 @@ def place(
             offsets[s.id] = s.offset
             if s.size:
                 layout.put(s, s.offset)
-    for k in order:
+    for at, k in enumerate(order):
+        if is_over and at % _CHECK_EVERY == _CHECK_EVERY - 1 and is_over():
+            _stack(storages, order[at:], offsets)
+            break
         s = storages[k]
         offsets[s.id] = layout.find(s, best_fit, s.hint if use_hints and _is_usable(s) else None)
         layout.put(s, offsets[s.id])
     return offsets
+
+
+def _stack(storages: Sequence[Storage], rest: Sequence[int], offsets: Offsets) -> None:
+    """Put each on top of all that lies in its steps, without looking for gaps below."""
+    cuts = np.unique([t for s in storages for p in s.pieces for t in (p.lower, p.upper)])
+    lower = np.searchsorted(cuts, [s.pieces[0].lower if s.pieces else 0 for s in storages])
+    upper = np.searchsorted(cuts, [s.pieces[-1].upper if s.pieces else 0 for s in storages])
+    height = np.zeros(len(cuts) + 1, np.int64)
+    waiting = set(rest)
+    for k, s in enumerate(storages):
+        if k not in waiting and s.size:
+            span = slice(lower[k], upper[k])
+            height[span] = np.maximum(height[span], offsets[s.id] + s.size)
+    for k in rest:
+        s, span = storages[k], slice(lower[k], upper[k])
+        offsets[s.id] = _round_up(int(height[span].max()), s.alignment)
+        height[span] = offsets[s.id] + s.size
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
 
 
 def _is_usable(storage: Storage) -> bool:

@@ -8,7 +8,7 @@ live set is in no other: the rest say nothing new.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from math import gcd
 
@@ -102,6 +102,20 @@ class Instance:
         """The items that may not share bytes with this one."""
         return (int(j) for j in self.overlaps[i])
 
+    def entries(self) -> int:
+        """At most how many pairs there are of items alive together, and of items and sections.
+
+        Cheap, and known before the lists that hold them are made.
+        """
+        lower = np.array([item.spans[0][0] for item in self.items])
+        upper = np.array([item.spans[-1][1] for item in self.items])
+        starts, ends = np.sort(lower), np.sort(upper)
+        begun = np.searchsorted(starts, upper, "left")
+        over = np.searchsorted(ends, lower, "right")
+        # A section that is kept begins with the start of an item.
+        first = np.searchsorted(starts, lower, "left")
+        return int(np.sum(begun - over) + np.sum(begun - first))
+
     @cached_property
     def walls(self) -> list[list[tuple[int, int]]]:
         """For each item the bytes of fixed ones it overlaps: (first, end) in grains, sorted."""
@@ -135,17 +149,6 @@ class Instance:
         """The highest end of any item within ``capacity`` bytes, in grains."""
         pairs = zip(self.limits(capacity), self.items, strict=True)
         return max((limit + item.size for limit, item in pairs), default=0)
-
-    def freeze(self, offsets: dict[int, int]) -> Instance:
-        """The same with the given items fixed at offsets in grains."""
-        items = list(self.items)
-        for i, offset in offsets.items():
-            items[i] = replace(items[i], fixed=offset)
-        return Instance(tuple(items), self.grain)
-
-    def without(self, dropped: set[int]) -> Instance:
-        """The same without some items; ``parts`` still refers to the original."""
-        return Instance(tuple(x for i, x in enumerate(self.items) if i not in dropped), self.grain)
 
 
 def _maximal(live: list[list[int]]) -> list[list[int]]:

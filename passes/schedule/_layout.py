@@ -74,7 +74,10 @@ def lay_out(
     """
     best = _greedy_layout(storages, low, clock)
     if best.peak > best.low:
-        _Search(storages, best, enough, clock, seed).run()
+        if clock.is_over():
+            best.timed_out = True
+        else:
+            _Search(storages, best, enough, clock, seed).run()
     return best
 
 
@@ -84,7 +87,7 @@ def _greedy_layout(storages: Sequence[Storage], low: int, clock: Clock) -> Layou
         for use_hints in (True, False):
             if use_hints and all(s.hint is None for s in storages):
                 continue
-            offsets = _greedy.place(storages, rule.order, rule.best_fit, use_hints)
+            offsets = _greedy.place(storages, rule.order, rule.best_fit, use_hints, clock.is_over)
             peak = _greedy.top_of(storages, offsets)
             best = best or Layout(offsets, peak, low, rule.name)
             best.take(offsets, peak, rule.name)
@@ -113,10 +116,11 @@ class _Search:
     def run(self) -> None:
         """Until done or out of time."""
         for turn in count():
+            before = self.clock.nodes
             self._round(turn)
             if self._is_done():
                 return
-            if self.clock.is_over():
+            if self.clock.is_over() or self.clock.nodes == before:
                 self.best.timed_out = True
                 return
 
@@ -172,7 +176,7 @@ class _Search:
                     return LIMIT
                 ready = self.variants.ready(variant, target)
                 items = len(ready.instance.items)
-                if items > _LARGE * growth and k >= _ORDERS_IF_LARGE:
+                if (items > _LARGE * growth and k >= _ORDERS_IF_LARGE) or ready.is_too_large:
                     continue
                 guide = Guide(_rank(ready.instance, order), order.lean)
                 nodes = (_NODES + _NODES_PER_ITEM * items) * growth
@@ -195,7 +199,7 @@ class _Search:
             ready = self.variants.ready(variant, self.floor)
             if variant.level == AS_IS or len(ready.instance.items) > len(self.storages) // 2:
                 continue
-            for offsets in greedy_on(ready):
+            for offsets in greedy_on(ready, self.clock.is_over):
                 self._take(self.variants.original(variant, ready, offsets), "glued-greedy")
                 if self.clock.is_over():
                     return

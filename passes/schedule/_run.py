@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,8 @@ __all__ = ["LIMIT", "REFUTED", "SOLVED", "Clock", "Guide", "Ready", "run"]
 Ints = NDArray[np.int64]
 # What the twin does in some hundredths of a second; loading the compiled loop takes longer.
 _TWIN_ITEMS, _TWIN_NODES = 24, 150
+# Entries of the tables: pairs of items alive together, and of items and steps.
+_MOST_ENTRIES = 40_000_000
 
 
 class Guide(NamedTuple):
@@ -35,14 +38,16 @@ class Ready:
 
     def __init__(self, instance: Instance) -> None:
         self.instance = instance
-        self._tables: Tables | None = None
 
-    @property
+    @cached_property
     def tables(self) -> Tables:
         """Made when first asked for."""
-        if self._tables is None:
-            self._tables = make_tables(self.instance)
-        return self._tables
+        return make_tables(self.instance)
+
+    @cached_property
+    def is_too_large(self) -> bool:
+        """Whether the tables would take more than some hundred megabytes."""
+        return self.instance.entries() > _MOST_ENTRIES
 
 
 class Clock:
@@ -115,7 +120,7 @@ def run(
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(_call, kernel, ready, capacity, guide, max_nodes, stop)
         try:
-            wait([future], max(clock.left(), 0.0))
+            wait([future], min(max(clock.left(), 0.0), threading.TIMEOUT_MAX))
         finally:
             stop[0] = 1
     answer, nodes, offset = future.result()

@@ -51,7 +51,6 @@ Ints = NDArray[np.int64]
 # Typed: the compiler would make one version of a function for each plain number passed to it.
 _FAR = np.int64(2**62)
 _NONE, _ZERO, _ONE = np.int64(-1), np.int64(0), np.int64(1)
-_CHECK_EVERY = 255
 
 
 class _State(NamedTuple):
@@ -440,7 +439,7 @@ def search(
     nodes = 0
     while True:
         nodes += 1
-        if nodes > max_nodes or (nodes & _CHECK_EVERY == 0 and stop[0]):
+        if nodes > max_nodes or stop[0]:
             return LIMIT, nodes
         # The most that one node can log.
         if s.used[0] + (ROUNDS + 4) * n + 4 > room:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from mopt.memory import Piece, Storage
@@ -65,7 +65,7 @@ class Variants:
         return unfold(ready.instance, offsets, len(self.instance.items))
 
 
-def greedy_on(ready: Ready) -> Iterator[list[int]]:
+def greedy_on(ready: Ready, is_over: Callable[[], bool]) -> Iterator[list[int]]:
     """Layouts of an instance by every greedy rule, in grains."""
     storages = [
         Storage(
@@ -76,5 +76,5 @@ def greedy_on(ready: Ready) -> Iterator[list[int]]:
         for k, item in enumerate(ready.instance.items)
     ]  # fmt: skip
     for rule in _greedy.rules(storages):
-        offsets = _greedy.place(storages, rule.order, rule.best_fit)
+        offsets = _greedy.place(storages, rule.order, rule.best_fit, is_over=is_over)
         yield [offsets[s.id] for s in storages]
