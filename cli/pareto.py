@@ -1,8 +1,8 @@
 """Show what size and speed cost in quality: the front of best choices of a model.
 
 MODEL is as for mopt compile. Each point is one solved choice of formats for all layers, from the
-same measured losses and estimated times; nothing is compiled. Give a point's budget to mopt compile
-to get the model.
+same measured losses and times of operators; no point is compiled, so its totals are estimates. Give
+a point's budget to mopt compile to get the model. Any device may be the target.
 
 \b
 Examples:
@@ -21,6 +21,7 @@ from mopt.cli._command import Command, option
 from mopt.cli._output import Column, Output
 from mopt.cli._progress import ConsoleProgress
 from mopt.cli._text import disk_size, milliseconds
+from mopt.device import find_device
 from mopt.errors import UsageError
 
 _WIDTH, _HEIGHT = 60, 14
@@ -33,16 +34,21 @@ _WIDTH, _HEIGHT = 60, 14
         help="How many budgets to solve for.")  # fmt: skip
 @option("--along", type=click.Choice(["size", "latency"]), default="size", show_default=True,
         help="What is limited from point to point; loss is minimized.")  # fmt: skip
+@option("--measure/--no-measure", default=True, envvar="MOPT_MEASURE",
+        help="Whether to time operators, where the target is this machine.")  # fmt: skip
+@option("--threads", type=click.IntRange(min=1), metavar="N",
+        help="Threads that the model is to run with; default: what the runtime picks.")  # fmt: skip
 @option("--png", metavar="FILE", help="Also draw it into a file (needs matplotlib).")
 @option("--inputs", metavar="FILE.npz", help="Example inputs, named as the arguments of forward.")
 @click.option("--trust", is_flag=True, help="Load a .pt2, which runs code from the file.")
 @click.pass_obj
 def command(out: Output, model: str, **options: Any) -> None:
+    find_device(options["target"])
     if options["png"] and find_spec("matplotlib") is None:
         raise UsageError(
             "--png needs matplotlib, which is not installed",
             code="missing-package",
-            hint="pip install matplotlib, or leave --png away: the terminal shows the front too",
+            hint="pip install 'mopt[report]', or leave --png away: the terminal shows it too",
         )
     with out.user_code(), ConsoleProgress(out) as progress:
         progress.stage("Loading", model)
@@ -55,7 +61,8 @@ def command(out: Output, model: str, **options: Any) -> None:
         front = solve_front(
             source.model, source.example_inputs, target=options["target"],
             along=options["along"], points=options["points"], calibration=source.calibration,
-            evaluate=source.evaluate, dynamic_shapes=source.dynamic_shapes, progress=progress,
+            evaluate=source.evaluate, dynamic_shapes=source.dynamic_shapes,
+            measure=options["measure"], threads=options["threads"], progress=progress,
         )  # fmt: skip
     if options["png"]:
         _draw_png(front, options["along"], options["png"])

@@ -16,7 +16,9 @@ from mopt.choice import Baseline
 from mopt.cost import cost_model
 from mopt.device import find_device
 from mopt.errors import CaptureError
+from mopt.estimates import Estimator
 from mopt.frontend import capture
+from mopt.lowering import lower
 from mopt.pass_base import PassContext, Progress
 from mopt.pipeline import Pipeline
 from mopt.recipe import Recipe
@@ -32,12 +34,15 @@ def solve_front(
     calibration: Iterable[Any] | None = None,
     evaluate: Callable[..., Any] | None = None,
     dynamic_shapes: Any = None,
+    measure: bool = True,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Points with ``budget``, ``size`` (bytes), ``latency`` (ms), ``loss`` and ``formats``.
 
     From the least that ``along`` ("size" or "latency") can be to the uncompressed model; each has
-    the least loss for its limit, all numbers are estimates. Points that others equal are left out.
+    the least loss for its limit. Points that others equal are left out. ``measure`` times the
+    operators of the model where ``target`` is this machine; whole models are not timed.
     """
     progress = progress or Progress()
     progress.stage("Capturing")
@@ -49,12 +54,18 @@ def solve_front(
             hint="compile it with --budget, which treats the parts one by one",
         )
     base = Pipeline(Recipe.load("none").passes()).run(program)
+    device, cache = find_device(target), Cache()
+    costs = cost_model(device, timed=measure, cache=cache, threads=threads)
+    uncompressed = lower(base, target=target)
+    whole_cost = Estimator(device, costs).cost(uncompressed)
     progress.end(program.name)
     progress.stage("Choosing")
     common = PassContext(
         calibration=Calibration(calibration, program) if calibration is not None else None,
-        evaluate=evaluate, progress=progress, cost_model=cost_model(find_device(target)),
-        cache=Cache(), baseline=Baseline(base.size_bytes()),
+        evaluate=evaluate, progress=progress, cost_model=costs, cache=cache,
+        baseline=Baseline(
+            uncompressed.size_bytes, whole_cost.milliseconds if whole_cost else None
+        ),
     )  # fmt: skip
     chooser = [one for one in Recipe.load("auto").passes() if one.chooses]
 
