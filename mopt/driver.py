@@ -224,7 +224,8 @@ class _Maker:
         artifact.manifest["seed"] = self.context.seed
         parity = check_parity(result, artifact, self.program)
         store_sample(result, artifact)
-        progress.end(f"{self.backend}, checked at {parity.sizes} input sizes")
+        sizes = "one input size" if parity.sizes == 1 else f"{parity.sizes} input sizes"
+        progress.end(f"{self.backend}, checked at {sizes}")
         progress.stage("Checking", "quality")
         batches = list(islice(data, QUALITY_BATCHES)) if data is not None else []
         quality = measure_quality(
