@@ -53,6 +53,8 @@ def write_graph(program: Program) -> tuple[dict[str, Any], dict[str, Tensor]]:
             stored = names.setdefault(key, str(node.target)) if tensor.numel() else str(node.target)
             weights.setdefault(stored, tensor.contiguous())
             entry["target"] = stored
+            if not tensor.is_contiguous() and _is_channels_last(tensor):
+                entry["memory_format"] = "channels_last"
             if program.requires_grad(node):
                 entry["requires_grad"] = True
         elif node.op == "call_function":
@@ -103,6 +105,10 @@ def _read_node(
         node = graph.placeholder(f"input_{len(known)}")
     elif kind == "get_attr":
         node = graph.get_attr(attribute[entry["target"]])
+        if entry.get("memory_format") == "channels_last":
+            tensor = root.get_buffer(attribute[entry["target"]])
+            last = tensor.contiguous(memory_format=torch.channels_last)
+            root.register_buffer(attribute[entry["target"]], last)
         # Torch picks another matmul kernel for a weight that could have a gradient.
         if entry.get("requires_grad") is True:
             root.get_buffer(attribute[entry["target"]]).requires_grad_(True)
@@ -117,6 +123,10 @@ def _read_node(
         raise ValueError("unknown kind of node")
     node.meta["name"] = name
     known[name] = node
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def _operator(name: str) -> Any:
