@@ -52,7 +52,7 @@ def _latency_rows(report: Mapping[str, Any]) -> list[list[str]]:
                      _faster(speed), _interval(speed)])  # fmt: skip
     if before["estimated"] and after["estimated"]:
         old, new = before["estimated"], after["estimated"]
-        how = "estimated"
+        how = _how_estimated(report)
         if after["measured"]:
             how += f" (error {100 * (new / after['measured'] - 1):+.0f} %)"
         rows.append(["" if rows else "latency", milliseconds(old), milliseconds(new),
@@ -63,6 +63,13 @@ def _latency_rows(report: Mapping[str, Any]) -> list[list[str]]:
                      milliseconds(after["measured"]),
                      change(eager, after["measured"], "faster", "slower"), "measured"])  # fmt: skip
     return rows
+
+
+def _how_estimated(report: Mapping[str, Any]) -> str:
+    estimates = report.get("estimates")
+    result = estimates.get("result") if isinstance(estimates, dict) else None
+    level = result.get("level") if isinstance(result, dict) else None
+    return "estimated from data sheets" if level == "data-sheet" else "estimated"
 
 
 def is_different(speed: Mapping[str, Any]) -> bool:
@@ -105,11 +112,17 @@ def _quality_rows(quality: Mapping[str, Any], verbose: bool) -> list[list[str]]:
 
 def remarks(report: Mapping[str, Any], *, verbose: bool = False) -> list[str]:
     """Lines about what a reader of the table would ask next; empty when there is nothing."""
-    lines = _slower(report) + _unmeasured(report)
+    lines = _kept_all(report) + _slower(report) + _unmeasured(report)
     lines += coverage_lines(report["coverage"]) + _kept(report)
     if verbose:
         lines += _skips(report)
     return [*lines, ""] if lines else []
+
+
+def _kept_all(report: Mapping[str, Any]) -> list[str]:
+    choice = report.get("choice")
+    why = choice.get("kept_all") if isinstance(choice, dict) else None
+    return [f"Nothing was compressed: {why}"] if why else []
 
 
 def _slower(report: Mapping[str, Any]) -> list[str]:
@@ -128,6 +141,9 @@ def _unmeasured(report: Mapping[str, Any]) -> list[str]:
     if report["speed"] is not None:
         return []
     why = "parts of the model stay eager" if report["coverage"]["outside"] else "--no-measure"
+    estimates = report.get("estimates")
+    if isinstance(estimates, dict) and estimates.get("is_this_machine") is False:
+        why = f"{report.get('target')} is not this machine"
     return [f"Latency and memory were not measured ({why})"]
 
 

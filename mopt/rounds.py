@@ -130,9 +130,9 @@ def close_loop(
     """The best attempt of at most three rounds, and the story of all of them.
 
     A round ends the search when it meets the budget, is not slower than uncompressed and uses the
-    quality it may lose, or when the same would be chosen again. If every round was slower, nothing
-    is compressed. The best is the one inside the budget with the least of what is minimized; if
-    there is none, the one nearest to it.
+    quality it may lose, or when the same would be chosen again. If every round was slower, or lost
+    too much where only quality is limited, nothing is compressed. The best is the one inside the
+    budget with the least of what is minimized; if there is none, the one nearest to it.
     """
     attempts: list[Attempt] = []
     story: list[dict[str, Any]] = []
@@ -158,12 +158,17 @@ def close_loop(
             break
     ranked = sorted(attempts, key=lambda a: _rank(a, budget, baseline, allow_slower))
     best = ranked[0]
+    why = None
     if best.is_slower and not allow_slower:
+        why = "every choice was slower than the uncompressed model when measured"
+    elif {c.what for c in budget.constraints} == {"quality"} and best.missed(budget, baseline):
+        why = "every choice lost more quality than allowed when measured"
+    if why is not None:
         plain = uncompressed()
-        plain.plan["choice"] = {
-            **best.result.plan.get("choice", {}),
-            "kept_all": "every choice was slower than the uncompressed model when measured",
-        }
+        choice = best.result.plan.get("choice", {})
+        kept = {"chosen": "original", "option": "original", "why": why}
+        layers = {path: {**row, **kept} for path, row in choice.get("layers", {}).items()}
+        plain.plan["choice"] = {**choice, "kept_all": why, "layers": layers}
         best = build(plain)
     return best, story
 

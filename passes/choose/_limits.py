@@ -17,6 +17,8 @@ from mopt.passes.choose._program import Candidate, Group, Pair, Problem, Solutio
 
 # With no budget at all: as fast as possible for a loss that few would notice.
 DEFAULT_LOSS = 0.01
+# Where no quality may be lost at all, so much is tried: a metric may not tell it from none.
+_LEAST_LOSS = 1e-4
 # Measured factors beyond these say that something else went wrong.
 _LEAST_FACTOR, _LARGEST_FACTOR = 0.02, 1e4
 _SAVINGS = (-2.0, 1.5)
@@ -132,7 +134,7 @@ def read_limits(
     limits: dict[str, float] = {}
     for constraint in budget.constraints:
         if constraint.what == "quality":
-            limits["loss"] = 1.0 - constraint.limit(1.0)
+            limits["loss"] = max(1.0 - constraint.limit(1.0), _LEAST_LOSS)
         elif constraint.what == "size":
             limits["size"] = constraint.limit(baseline.size_bytes) - fixed["size"]
         elif constraint.what == "latency":

@@ -14,6 +14,8 @@ from mopt.passes.choose._program import QUANTITIES, Pair, Problem, Solution
 GAP = 1e-3
 # Smaller duals, in units of both scales, are rounding of the linear solver.
 _NO_PRICE = 1e-7
+# A solution that exceeds a limit by what HiGHS tolerates by itself (1e-6) would be no solution.
+_FEASIBLE = 1e-9
 
 
 def solve(problem: Problem, *, gap: float = GAP, seconds: float = 60.0) -> Solution:
@@ -200,7 +202,8 @@ class _Model:
         solver = _WarmHighs(
             self._start_values(start), msg=False, gapRel=gap,
             gapAbs=0.0, threads=1, timeLimit=seconds,
-            random_seed=0,
+            random_seed=0, mip_feasibility_tolerance=_FEASIBLE,
+            primal_feasibility_tolerance=_FEASIBLE,
         )  # fmt: skip
         self.lp.solve(solver)
         # Not .status: PuLP calls an incumbent found when time was up "Optimal" there.

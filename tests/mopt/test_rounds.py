@@ -92,6 +92,14 @@ def test_what_is_slower_when_measured_is_not_taken() -> None:
     assert loop(["a"], built, "size<=50B", allow_slower=True)[0] is built["a"]
 
 
+def test_where_only_quality_is_limited_the_uncompressed_model_is_within() -> None:
+    built = {"": Built(Made(""), 100, 1.0), "a": Built(Made("a"), 40, 0.5, 0.8)}
+    best, story = loop(["a", "a"], built, "quality>=0.9x", "minimize=size")
+    assert best is built[""]
+    assert "lost more quality" in best.result.plan["choice"]["kept_all"]
+    assert story[0]["missed"]
+
+
 def test_errors_of_estimates_are_relative_to_what_was_measured() -> None:
     story = [{"estimated": {"size": 90.0, "latency": 2.0}, "measured": {"size": 100.0},
               "layers": 1}]  # fmt: skip
