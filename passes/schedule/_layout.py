@@ -35,7 +35,8 @@ _LARGE, _ORDERS_IF_LARGE = 500, 2
 # Nodes of a try in the first round, besides some for every item, and how they grow.
 _NODES, _NODES_PER_ITEM, _GROWTH = 400, 3, 4
 # Part of the time left that a round may spend at the bound before it looks at higher targets.
-_BOUND_SHARE = 0.4
+_BOUND_SHARE = 0.25
+_ORDERS_TO_BISECT = 3
 # Targets between the bound and the best layout in a round, before tries last longer.
 _BISECTIONS = 6
 
@@ -134,23 +135,27 @@ class _Search:
         orders = list(self._orders(turn))
         variants = list(self._variants(turn))
         growth = _GROWTH**turn
-        with self.clock.until(time.monotonic() + _BOUND_SHARE * self.clock.left()):
+        only_target = self.enough is not None and self.enough <= self.floor
+        share = 1.0 if only_target else _BOUND_SHARE
+        with self.clock.until(time.monotonic() + share * self.clock.left()):
             while self._try(self.floor, orders, variants, growth) == REFUTED:
                 if self._is_done():
                     return
-        if not turn:
-            self._greedy()
+        self._greedy([v for v in variants if turn == 0 or v not in USUAL])
         if self._is_done():
             return
         if self.enough is not None:
-            self._try(self.enough, orders, variants, growth)
+            if not only_target:
+                self._try(self.enough, orders, variants, growth)
             return
         given_up = self.floor
         for _ in range(_BISECTIONS):
             target = (given_up + self.best.peak) // 2
             if self._is_done() or self.clock.is_over() or target <= given_up:
                 return
-            if self._try(target, orders, variants, growth) != SOLVED:
+            # Few orders: most targets below the best layout are out of reach for now.
+            some = orders[: _ORDERS_TO_BISECT << turn]
+            if self._try(target, some, variants, growth) != SOLVED:
                 given_up = max(target, self.floor)
 
     def _orders(self, turn: int) -> Iterator[_Order]:
@@ -193,9 +198,9 @@ class _Search:
                         return REFUTED
         return LIMIT
 
-    def _greedy(self) -> None:
+    def _greedy(self, variants: Sequence[Variant]) -> None:
         """Greedy layouts of glued items, which waste less than those of many small ones."""
-        for variant in USUAL:
+        for variant in variants:
             ready = self.variants.ready(variant, self.floor)
             if variant.level == AS_IS or len(ready.instance.items) > len(self.storages) // 2:
                 continue

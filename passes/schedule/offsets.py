@@ -91,7 +91,8 @@ def _place_tier(
     for k, (_, part) in enumerate(bounds):
         # A part need not end lower than another one must, or does.
         enough = max((x for x in (capacity, whole.peak or None) if x is not None), default=None)
-        with clock.until(time.monotonic() + clock.left() / (len(bounds) - k)):
+        share = len(part) / sum(len(rest) for _, rest in bounds[k:])
+        with clock.until(time.monotonic() + clock.left() * share):
             found = lay_out(part, whole.low, enough, clock, seed)
         whole.offsets.update(found.offsets)
         whole.low = max(whole.low, found.low)
