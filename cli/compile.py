@@ -136,6 +136,8 @@ def command(out: Output, model: str, **options: Any) -> None:  # fmt: skip
     with out.user_code(), ConsoleProgress(out) as progress:
         progress.stage("Loading", model)
         _check_choices(chosen, options)
+        for notice in filter(None, (one.notice(options["backend"]) for one in chosen.passes())):
+            out.warn(notice)
         source = _load(out, progress, model, options)
         try:
             artifact = _compile(source, chosen, options, progress, out)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mopt.levels import levels
+
 __all__ = ["pack_bits", "pack_zero_points", "unpack_bits", "unpack_zero_points"]
 
 
@@ -210,6 +212,51 @@ def _(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(weight, dtype=dtype)
 
 
+@torch.library.custom_op("mopt::decode_levels", mutates_args=())
+def decode_levels(
+    codes: Tensor,
+    scales: Tensor,
+    tables: Tensor | None,
+    tensor_scale: Tensor | None,
+    kind: str,
+    scale_kind: str,
+    columns: int,
+) -> Tensor:
+    """The weight (N, columns), fp32, that codes of unevenly spaced levels stand for.
+
+    ``codes`` uint8 (N, blocks, block * bits / 8) index the levels ``kind`` (see mopt.levels);
+    ``scales`` (N, blocks) are fp32, or uint8 codes of ``scale_kind`` where that is not "float32";
+    ``tables`` is the index of each block's table, packed uint8 (N, ceil(blocks / 4)), or None for
+    kinds with one; ``tensor_scale`` is a scalar on all scales. Only storage is smaller.
+    """
+    found = levels(kind)
+    rows, blocks, block_bytes = codes.shape
+    index = unpack_bits(codes, found.bits, block_bytes * 8 // found.bits).long()
+    if tables is not None:
+        offset = unpack_bits(tables, 2, blocks).long() << found.bits
+        index = index + offset.unsqueeze(-1)
+    values = found.tables.reshape(-1).to(codes.device)[index]
+    steps = scales
+    if scale_kind != "float32":
+        steps = levels(scale_kind).tables[0].to(codes.device)[scales.long()]
+    if tensor_scale is not None:
+        steps = steps * tensor_scale
+    return (values * steps.unsqueeze(-1)).reshape(rows, -1)[:, :columns].contiguous()
+
+
+@decode_levels.register_fake
+def _(
+    codes: Tensor,
+    scales: Tensor,
+    tables: Tensor | None,
+    tensor_scale: Tensor | None,
+    kind: str,
+    scale_kind: str,
+    columns: int,
+) -> Tensor:
+    return codes.new_empty((codes.shape[0], columns), dtype=torch.float32)
+
+
 OPERATORS = frozenset(
     {
         "linear_nbits",
@@ -218,5 +265,6 @@ OPERATORS = frozenset(
         "dequantize",
         "embedding_int8",
         "widen",
+        "decode_levels",
     }
 )

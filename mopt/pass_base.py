@@ -151,6 +151,10 @@ class Pass:
         """What the pass promised and did not do, or None."""
         return None
 
+    def notice(self, backend: str) -> str | None:
+        """What its user should know before anything runs, on that backend, or None."""
+        return None
+
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         """Edit ``program`` in place and say what changed."""
         raise TypeError(f"{type(self).__name__} does not define run")

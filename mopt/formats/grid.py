@@ -32,11 +32,15 @@ class Grid:
 
     ``scales`` (rows, groups) are finite and not zero; they are negative only in symmetric grids of
     fewer than 8 bits that were searched for the least error. ``zero_points`` (rows, groups) are
-    integer codes as floats, None for a symmetric grid.
+    integer codes as floats, None for a symmetric grid. Grids of unevenly spaced levels may have
+    ``tables`` (rows, groups), the index of the table that each group uses, and ``tensor_scale``,
+    the scalar that is part of all scales and stored apart.
     """
 
     scales: Tensor
     zero_points: Tensor | None = None
+    tables: Tensor | None = None
+    tensor_scale: Tensor | None = None
 
     @staticmethod
     def join(grids: list[Grid]) -> Grid:

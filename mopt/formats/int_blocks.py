@@ -108,17 +108,7 @@ class IntBlocks(GridFormat):
             return reason
         if weight.dtype == torch.float64:
             return f"the weight is float64, {self.name} computes in 32 bits: call model.float()"
-        columns = weight.shape[1]
-        block = self.block(columns)
-        padding = 1 - columns / (-(-columns // block) * block)
-        if padding > _MAX_PADDING:
-            fitting = [group for group in GROUPS if columns % group == 0]
-            hint = f"group={max(fitting)} fits" if fitting else "leave the layer out"
-            return (
-                f"in_features {columns} in groups of {block} would store {padding:.0%} padding; "
-                f"{hint}"
-            )
-        return None
+        return padding_reason(weight.shape[1], self.block(weight.shape[1]))
 
     def grid(
         self, weight: Tensor, *, ranges: str = "mse", importance: Tensor | None = None
@@ -185,6 +175,16 @@ class IntBlocks(GridFormat):
             ),
         )  # fmt: skip
         record(program, layer, self.name)
+
+
+def padding_reason(columns: int, block: int) -> str | None:
+    """Why blocks of that length would waste too much on padding, or None."""
+    padding = 1 - columns / (-(-columns // block) * block)
+    if padding <= _MAX_PADDING:
+        return None
+    fitting = [group for group in GROUPS if columns % group == 0]
+    hint = f"group={max(fitting)} fits" if fitting else "leave the layer out"
+    return f"in_features {columns} in groups of {block} would store {padding:.0%} padding; {hint}"
 
 
 def _storable(scales: Tensor, dtype: torch.dtype) -> Tensor:

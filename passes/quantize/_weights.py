@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mopt.formats import Encoded, Format, Grid, GridFormat
 from mopt.formats.base import require_finite
+from mopt.formats.level_blocks import LevelBlocks
 from mopt.layers import Layer, find_layers
 from mopt.pass_base import Pass, PassContext, PassResult, Skip
 from mopt.program import Program
@@ -54,7 +55,7 @@ def encode_layers(
 
 def _encode(chosen: Format, weight: Tensor, ranges: str) -> Encoded:
     grid: Grid | None = None
-    if isinstance(chosen, GridFormat):
+    if isinstance(chosen, GridFormat | LevelBlocks):
         grid = chosen.grid(weight, ranges=ranges)
     return chosen.encode(weight, grid=grid)
 

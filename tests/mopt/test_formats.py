@@ -13,6 +13,8 @@ from mopt.formats import Format, Grid, GridFormat, find_format, list_formats
 from mopt.formats.grid import min_max_grid
 from mopt.formats.int_blocks import IntBlocks
 from mopt.formats.int_rows import Int8Dynamic, Int8Row
+from mopt.formats.level_blocks import LevelBlocks
+from mopt.levels import levels, nearest_codes
 
 BLOCKS = [n for n in list_formats() if isinstance(find_format(n), IntBlocks)]
 ROWS = ["int8-dynamic", "int8-dynamic-reduced", "int8-row", "int8-qdq"]
@@ -156,6 +158,67 @@ def test_error_on_normal_weights(name: str, expected: float) -> None:
     )
 
 
+LEVELS = ["nf4", "nf4-g32", "mxfp4", "nvfp4", "bitmod4", "bitmod3", "fp8-e4m3", "fp8-e5m2"]
+
+
+# As above; NF4 and BitMoD are the values of their papers' groups.
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("nf4-g128", 0.00914), ("nf4", 0.00843), ("bitmod4", 0.00965), ("mxfp4", 0.01320),
+     ("nvfp4", 0.00917), ("bitmod3", 0.0382)],
+)  # fmt: skip
+def test_error_of_levels_on_normal_weights(name: str, expected: float) -> None:
+    fmt, weight = find_format(name), torch.randn(512, 1024)
+    assert isinstance(fmt, LevelBlocks)
+    decoded = fmt.decode(fmt.encode(weight, grid=fmt.grid(weight, ranges="min-max")))
+    assert float((decoded - weight).square().mean() / weight.var()) == pytest.approx(
+        expected, rel=0.03
+    )
+
+
+@pytest.mark.parametrize("name", LEVELS)
+@given(weight=weights())
+def test_levels_keep_zero_stay_finite_and_round_once(name: str, weight: Tensor) -> None:
+    fmt = find_format(name)
+    assert isinstance(fmt, LevelBlocks)
+    errors = []
+    for ranges in RANGES:
+        grid = fmt.grid(weight, ranges=ranges)
+        encoded = fmt.encode(weight, grid=grid)
+        decoded = fmt.decode(encoded)
+        assert decoded.shape == weight.shape and bool(torch.isfinite(decoded).all())
+        assert bool((decoded[weight == 0] == 0).all()), "zero must stay exactly zero"
+        assert encoded.size_bytes == fmt.size_bytes(tuple(weight.shape))
+        again = fmt.encode(decoded, grid=grid)
+        assert torch.equal(fmt.decode(again), decoded)
+        errors.append(float((decoded.double() - weight.double()).square().sum()))
+    assert errors[1] <= errors[0] * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "e2m1", "bitmod4", "bitmod3", "e4m3", "e5m2"])
+def test_each_value_becomes_its_nearest_level(kind: str) -> None:
+    found = levels(kind)
+    for table in range(len(found.tables)):
+        row = found.tables[table]
+        values = torch.linspace(-1.2, 1.2, 999) * float(found.largest[table])
+        nearest = row[nearest_codes(values, kind, table)]
+        best = (values[:, None] - row).abs().amin(1)
+        assert torch.allclose((values - nearest).abs(), best, atol=1e-6)
+
+
+def test_the_type_of_a_group_is_the_best_of_the_four() -> None:
+    fmt, weight = LevelBlocks("bitmod4", 32), torch.randn(16, 128)
+    grid = fmt.grid(weight, ranges="min-max")
+    assert grid.tables is not None and len(grid.tables.unique()) > 1
+    mixed = float((fmt.decode(fmt.encode(weight, grid=grid)) - weight).square().sum())
+    for table in range(4):
+        largest = weight.view(16, 4, 32).abs().amax(-1)
+        one = Grid(largest / levels("bitmod4").largest[table], None,
+                   torch.full((16, 4), float(table)))  # fmt: skip
+        alone = float((fmt.decode(fmt.encode(weight, grid=one)) - weight).square().sum())
+        assert mixed <= alone * (1 + 1e-6)
+
+
 @pytest.mark.parametrize("name", list_formats())
 @pytest.mark.parametrize("shape", [(1, 16), (3, 200), (40, 96), (5, 33)])
 def test_names_and_sizes(name: str, shape: tuple[int, int]) -> None:
@@ -214,7 +277,9 @@ def test_a_table_and_a_head_get_the_same_codes() -> None:
     assert torch.equal(head.tensors["scales"], table.tensors["scales"].reshape(-1))
 
 
-@pytest.mark.parametrize("name", ["int4-g32", "int8-dynamic", "int8-row", "int8-qdq", "fp16"])
+@pytest.mark.parametrize(
+    "name", ["int4-g32", "int8-dynamic", "int8-row", "int8-qdq", "fp16", "nf4"]
+)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_not_finite_are_refused(name: str, bad: float) -> None:
     weight = torch.randn(4, 32)
@@ -236,6 +301,7 @@ def test_only_fast_combinations_claim_a_kernel() -> None:
     assert ("onnx", "cpu") in find_format("int4-g32-afloat").kernels
     assert find_format("int8-g32-afloat").kernels == frozenset()
     assert ("onnx", "cpu") in find_format("int8-g32").kernels
+    assert find_format("nf4").kernels == find_format("fp8-e4m3").kernels == frozenset()
 
 
 def test_formats_can_be_keys() -> None:

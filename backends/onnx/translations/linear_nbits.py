@@ -57,20 +57,20 @@ def _unpacked_weight(
     """
     rows, blocks, block_bytes = codes.shape.numpy()
     block = block_bytes * 8 // bits
-    values = onnx.Cast(_unpacked(codes, bits, [rows, blocks, block]), to=scales.dtype)
+    values = onnx.Cast(unpacked_codes(codes, bits, [rows, blocks, block]), to=scales.dtype)
     if zero_points is None:
         zero = onnx.CastLike(onnx.Constant(value_float=float(2 ** (bits - 1))), scales)
     else:
         padded = int(zero_points.shape[1]) * 8 // bits
-        zero = onnx.Cast(_unpacked(zero_points, bits, [rows, padded]), to=scales.dtype)
-        zero = onnx.Unsqueeze(_first(zero, blocks), onnx.Constant(value_ints=[-1]))
+        zero = onnx.Cast(unpacked_codes(zero_points, bits, [rows, padded]), to=scales.dtype)
+        zero = onnx.Unsqueeze(first_columns(zero, blocks), onnx.Constant(value_ints=[-1]))
     steps = onnx.Unsqueeze(scales, onnx.Constant(value_ints=[-1]))
     weight = onnx.Mul(onnx.Sub(values, zero), steps)
     flat = onnx.Reshape(weight, onnx.Constant(value_ints=[rows, blocks * block]))
-    return flat if blocks * block == in_features else _first(flat, in_features)
+    return flat if blocks * block == in_features else first_columns(flat, in_features)
 
 
-def _unpacked(packed: ir.Value, bits: int, shape: list[int]) -> Any:
+def unpacked_codes(packed: ir.Value, bits: int, shape: list[int]) -> Any:
     """uint8 codes of ``shape``, unpacked along the last axis, low bits first."""
     if bits == 8:
         return packed
@@ -81,7 +81,7 @@ def _unpacked(packed: ir.Value, bits: int, shape: list[int]) -> Any:
     return onnx.Reshape(codes, onnx.Constant(value_ints=shape))
 
 
-def _first(value: Any, count: int) -> Any:
+def first_columns(value: Any, count: int) -> Any:
     """The first ``count`` along the last axis."""
     start, end, axis = (onnx.Constant(value_ints=[v]) for v in (0, count, -1))
     return onnx.Slice(value, start, end, axis)
