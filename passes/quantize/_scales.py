@@ -73,8 +73,7 @@ def scale_edge(program: Program, edge: Edge, factors: Tensor) -> None:
     """Divide the edge's channels by ``factors`` (K) where they are made, multiply the columns."""
     s = factors.double()
     for layer in edge.group.layers:
-        call = layer.calls[0]
-        _set(program, call, 1, program.weight(_reader(call, 1)).double() * s)
+        set_weight(program, layer.calls[0], lambda weight: weight * s)
     maker = edge.maker
     if maker is None:
         _insert_product(program, edge, 1 / s)
@@ -92,17 +91,27 @@ def scale_edge(program: Program, edge: Edge, factors: Tensor) -> None:
     _set(program, maker, at, program.weight(_reader(maker, at)).double() / s)
 
 
+def first_reader(program: Program, group: Group) -> fx.Node:
+    """The first of the calls that read a group's value."""
+    calls = {layer.calls[0] for layer in group.layers}
+    return next(node for node in program.graph.nodes if node in calls)
+
+
+def set_weight(program: Program, call: fx.Node, change: Callable[[Tensor], Tensor]) -> None:
+    """Let a linear call read ``change`` of its weight, which is computed in float64."""
+    _set(program, call, 1, change(program.weight(_reader(call, 1)).double()))
+
+
 def _insert_product(program: Program, edge: Edge, factors: Tensor) -> None:
     """Let the readers of an edge read it times ``factors``, computed once before the first."""
     value = edge.group.inputs[0]
-    calls = {layer.calls[0] for layer in edge.group.layers}
-    first = next(node for node in program.graph.nodes if node in calls)
+    first = first_reader(program, edge.group)
     stored = program.add_weight(
         f"{value.name}_factors", factors.to(value.meta["val"].dtype), before=first
     )
     product = program.insert_call(_aten.mul.Tensor, (value, stored), like=first)
-    for call in calls:
-        call.update_arg(0, product)
+    for layer in edge.group.layers:
+        layer.calls[0].update_arg(0, product)
 
 
 def _can_insert(program: Program, group: Group) -> bool:

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from mopt.formats.base import require_finite
-from mopt.formats.grid import min_max_grid
-from mopt.formats.int_rows import Int8Dynamic
 from mopt.observers import ChannelStatistics
 from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
 from mopt.passes.quantize._calibrated import NEEDS_DATA, visit_inputs
 from mopt.passes.quantize._scales import find_edges_to_scale, scale_edge
+from mopt.passes.quantize._trials import rounded_error, spread_rows
 from mopt.program import Program
 from mopt.streaming import Stream
 
@@ -103,7 +102,7 @@ class SmoothActivations(Pass):
         if self.strength:
             return self.strength, smoothing_factors(seen.largest, largest, self.strength)
         share = max(1, self.rows // len(values))
-        rows = torch.cat([_spread(value, share) for value in values])
+        rows = torch.cat([spread_rows(value, share) for value in values])
         best: tuple[float, Tensor | None] = (0.0, None)
         error = below * rounded_error(rows, weights, torch.ones_like(largest))
         for strength in _STRENGTHS:
@@ -118,32 +117,3 @@ def smoothing_factors(activations: Tensor, weights: Tensor, strength: float) -> 
     """a^strength / w^(1 - strength) from the largest magnitudes per channel; float32, positive."""
     a, w = activations.double().clamp(min=1e-5), weights.double().clamp(min=1e-5)
     return (a.pow(strength) / w.pow(1 - strength)).clamp(min=1e-5).float()
-
-
-def rounded_error(rows: Tensor, weights: list[Tensor], factors: Tensor) -> float:
-    """Squared error of all outputs with activations and weights in int8 behind ``factors``.
-
-    Activations are rounded over one range for the whole of ``rows``, weights per output channel to
-    all that occurs: of the search for ranges, factors change little.
-    """
-    form = Int8Dynamic()
-    scaled = rows / factors
-    grid = min_max_grid(scaled.amin(), scaled.amax(), 8, symmetric=False)
-    assert grid.zero_points is not None
-    codes = (scaled / grid.scales).round() + grid.zero_points
-    activations = (codes.clamp(0, 255) - grid.zero_points) * grid.scales
-    total = 0.0
-    for weight in weights:
-        columns = weight * factors
-        grid = form.grid(columns, ranges="min-max")
-        rounded = form.quantize_columns(columns, grid, columns.shape[1], 0)
-        # One product for the difference: A'R - AW = (A' - AF)R + AF(R - WF), with F the factors.
-        wrong = (activations - scaled) @ rounded.t() + scaled @ (rounded - columns).t()
-        total += float(wrong.square().sum(dtype=torch.float64))
-    return total
-
-
-def _spread(value: Tensor, count: int) -> Tensor:
-    """``count`` rows of the last axis, evenly spread; all of them if there are no more."""
-    rows = value.reshape(-1, value.shape[-1]).float()
-    return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()]

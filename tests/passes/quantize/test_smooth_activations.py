@@ -9,7 +9,8 @@ import torch
 
 from mopt.calibration import Calibration
 from mopt.errors import PassError
-from mopt.passes.quantize.smooth_activations import rounded_error, smoothing_factors
+from mopt.passes.quantize._trials import rounded_error
+from mopt.passes.quantize.smooth_activations import smoothing_factors
 from mopt.pipeline import Pipeline
 from mopt.registry import make_pass
 from tests import tiny
