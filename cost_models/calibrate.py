@@ -23,10 +23,10 @@ from mopt.pass_base import Progress
 
 FULL_SECONDS = 240.0
 # What a timing takes on a quiet machine, session included.
-_SECONDS_PER_TIMING = 0.09
+_SECONDS_PER_TIMING = 0.055
 # Below that a calibration takes each timing once.
 _BRIEF_SECONDS = 60.0
-_ROUNDS = 3
+_ROUNDS = 2
 _LEAST_POINTS = 3
 _SOURCE = "calibration"
 

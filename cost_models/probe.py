@@ -39,7 +39,7 @@ _RUN_SECONDS = 8e-4
 _PROBE_SECONDS = 0.025
 _MOST_COPIES = 32
 _WARM_BYTES = 1.5e6
-_LEAST_PROBES = 5
+_LEAST_PROBES = 8
 _LEAST_US = 0.05
 # A family is a curve or a surface: probes for the first, share of the rest for the second.
 _PRIMES = (2, 3, 5, 7, 11, 13)
