@@ -16,6 +16,7 @@ from mopt.cli._stored_report import read_stored_report
 from mopt.errors import ArtifactError
 
 PLAN = "plan.json"
+_LEAST, _MOST = 1e-100, 1e100
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,10 @@ def text(value: Any, other: str = "") -> str:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None."""
+    """A finite number that can be calculated with, or None."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
         return None
-    return value
+    return value if value == 0 or _LEAST < abs(value) < _MOST else None
 
 
 def count(value: Any) -> int | None:
