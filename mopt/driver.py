@@ -34,7 +34,7 @@ from mopt.proof import (
     store_sample,
 )
 from mopt.recipe import Recipe
-from mopt.registry import find_backend
+from mopt.registry import find_backend, make_pass
 from mopt.report import Report
 from mopt.report_data import report_data
 from mopt.rounds import Attempt, choice_data, close_loop, nearest_point
@@ -96,7 +96,7 @@ def compile(
     progress = progress or Progress()
     wanted = Budget.parse(budget)
     chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe or wanted.default_recipe)
-    passes = chosen.passes()
+    passes = _with_memory_plan(chosen.passes(), wanted, backend)
     device = find_target(target, backend)
     settings = replace(settings, measure=settings.measure and device.is_host)
 
@@ -114,6 +114,7 @@ def compile(
         evaluate=evaluate,
         progress=progress,
         seed=seed,
+        backend=backend,
         deadline=started + 60 * max_minutes if max_minutes else None,
     )
     chooses = any(one.chooses for one in passes)
@@ -171,6 +172,14 @@ def find_target(target: str, backend: str) -> DeviceProfile:
             else f"mopt pareto -t {target} estimates for it without lowering",
         )  # fmt: skip
     return device
+
+
+def _with_memory_plan(passes: list[Pass], budget: Budget, backend: str) -> list[Pass]:
+    """The passes, and a memory plan last where memory is limited and the backend can keep one."""
+    planned = any(one.pass_name == "plan-memory" for one in passes)
+    if planned or not budget.get("memory") or not hasattr(find_backend(backend), "record_calls"):
+        return passes
+    return [*passes, make_pass("plan-memory", {})]
 
 
 class _Maker:
