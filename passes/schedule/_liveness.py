@@ -22,7 +22,7 @@ class Liveness:
 
     ``calls[v]`` is operator ``v``; views, sizes and weights are no operators: they take no memory
     and stand right before the first call that needs them. Storage numbers are those of ``trace``;
-    inputs and weights, which live as long as the caller likes, have size 0.
+    weights, and with a backend inputs, live as long as the caller likes and have size 0.
     """
 
     program: Program
@@ -46,7 +46,9 @@ def liveness_of(
     ]
     for u, v in _effect_edges(calls, written):
         before[v].add(u)
-    made = {s for s, info in enumerate(trace.storages) if info.origin is Origin.MADE}
+    origins = {Origin.MADE} if facts is not None else {Origin.MADE, Origin.INPUT}
+    counted = {s for s, info in enumerate(trace.storages) if info.origin in origins}
+    read = {s for node in calls for s in trace.touched(node)}
     output = program.graph.output_node()
     kept = {s for source in output.all_input_nodes for s in trace.of(source)}
     if facts is None:
@@ -62,13 +64,16 @@ def liveness_of(
     problem = OrderProblem(
         before=tuple(tuple(sorted(found)) for found in before),
         makes=tuple(tuple(trace.made_by(node)) for node in calls),
-        touches=tuple(tuple(sorted(trace.touched(node) & made)) for node in calls),
+        touches=tuple(tuple(sorted(trace.touched(node) & counted)) for node in calls),
         sizes=tuple(
-            info.bytes if info.origin is Origin.MADE else 0 for info in trace.storages
+            info.bytes if s in counted else 0 for s, info in enumerate(trace.storages)
         ),
-        kept=frozenset(kept & made),
+        kept=frozenset(kept & counted),
         workspace=tuple(workspace),
         takes=tuple(takes),
+        given=frozenset(
+            s for s in counted & (read | kept) if trace.storages[s].origin is Origin.INPUT
+        ),
     )  # fmt: skip
     return Liveness(program, trace, tuple(calls), problem)
 

@@ -22,7 +22,7 @@ class OrderProblem:
     ``before[v]`` must run earlier than ``v``. ``makes[v]`` and ``touches[v]`` are storages
     (``makes`` is part of ``touches``), ``sizes`` their bytes, ``kept`` those alive until the end.
     ``takes[v]`` are storages whose memory the one storage that ``v`` makes may take over if ``v``
-    is the last to touch them.
+    is the last to touch them. ``given`` are storages that are there from the start.
     """
 
     before: tuple[tuple[int, ...], ...]
@@ -32,6 +32,7 @@ class OrderProblem:
     kept: frozenset[int] = frozenset()
     workspace: tuple[int, ...] = ()
     takes: tuple[tuple[int, ...], ...] = ()
+    given: frozenset[int] = frozenset()
 
     @property
     def count(self) -> int:
@@ -71,8 +72,7 @@ class Run:
     def __init__(self, problem: OrderProblem) -> None:
         self.problem = problem
         self.left = [len(touchers) for touchers in problem.touchers]
-        self.live = 0
-        self.peak = 0
+        self.live = self.peak = sum(problem.sizes[s] for s in problem.given)
 
     def cost(self, v: int) -> tuple[int, int]:
         """Bytes above the present ones while ``v`` runs, and after it has run."""
@@ -164,11 +164,13 @@ def forced_bound(problem: OrderProblem) -> int:
     for v in range(count):
         total[v] -= max((problem.sizes[s] for s in problem.may_take(v)), default=0)
     makers = {s: v for v, made in enumerate(problem.makes) for s in made}
-    for s, maker in makers.items():
+    everywhere = (1 << count) - 1
+    for s in (*makers, *problem.given):
         until = 0
         for v in problem.touchers[s]:
             until |= earlier[v] | (1 << v)
-        while_alive = later[maker] | (1 << maker)
+        maker = makers.get(s)
+        while_alive = everywhere if maker is None else later[maker] | (1 << maker)
         if s not in problem.kept:
             while_alive &= until
         total += problem.sizes[s] * _positions(while_alive, count)

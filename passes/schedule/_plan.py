@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mopt.memory import Buffer, MemoryPlan, MemoryProblem
@@ -143,10 +144,12 @@ def _data(
     facts: Mapping[str, CallFacts],
 ) -> dict[str, Any]:
     peak = layout.peak + beside.peak
-    bound = min(found.lower_bound, peak) if facts else layout.lower_bound
+    bound = min(found.lower_bound, peak)
     return {
         "schema": SCHEMA,
         "backend": backend,
+        # Workspaces were measured with as many.
+        "threads": torch.get_num_threads() if facts else None,
         "key": graph_key(live.program),
         "peak_bytes": peak,
         "arena_bytes": layout.peak,

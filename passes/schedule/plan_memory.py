@@ -35,9 +35,15 @@ class PlanMemory(Pass):
     seconds: float = option(30.0, min=0.1, help="time for order and offsets together")
     keep_order: bool = option(False, help="only place results, leave the calls where they are")
 
+    for_device: bool = option(
+        False, help="plan one arena for everything, inputs and outputs too, as small devices do"
+    )
+
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         """Reorder the graph and store the plan in ``program.plan["memory"]``."""
         record = getattr(find_backend(ctx.backend), "record_calls", None)
+        if self.for_device:
+            record = None
         plan = plan_program(
             program,
             recorded=record(program) if record is not None else None,
