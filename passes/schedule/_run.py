@@ -22,6 +22,8 @@ __all__ = ["LIMIT", "REFUTED", "SOLVED", "Clock", "Guide", "Ready", "run"]
 Ints = NDArray[np.int64]
 # What the twin does in some hundredths of a second; loading the compiled loop takes longer.
 _TWIN_ITEMS, _TWIN_NODES = 24, 150
+# Nodes times items of a search that ends by itself in some hundredths of a second.
+_BRIEF = 500_000
 # Entries of the tables: pairs of items alive together, and of items and steps.
 _MOST_ENTRIES = 40_000_000
 
@@ -116,14 +118,17 @@ def run(
             return answer, offsets
     kernel = clock.kernel()
     stop = np.zeros(1, np.int64)
-    # In a thread of its own, so that the time limit and Ctrl-C reach this one.
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(_call, kernel, ready, capacity, guide, max_nodes, stop)
-        try:
-            wait([future], min(max(clock.left(), 0.0), threading.TIMEOUT_MAX))
-        finally:
-            stop[0] = 1
-    answer, nodes, offset = future.result()
+    if max_nodes * len(ready.instance.items) <= _BRIEF:
+        answer, nodes, offset = _call(kernel, ready, capacity, guide, max_nodes, stop)
+    else:
+        # In a thread of its own, so that the time limit and Ctrl-C reach this one.
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(_call, kernel, ready, capacity, guide, max_nodes, stop)
+            try:
+                wait([future], min(max(clock.left(), 0.0), threading.TIMEOUT_MAX))
+            finally:
+                stop[0] = 1
+        answer, nodes, offset = future.result()
     clock.nodes += nodes
     return answer, offset.tolist() if answer == SOLVED else []
 
