@@ -92,10 +92,13 @@ def translation_table() -> dict[Callable[..., Any], Translation]:
 
     for module in sorted(pkgutil.iter_modules(translations.__path__), key=lambda m: m.name):
         importlib.import_module(f"{translations.__name__}.{module.name}")
-    return {_operator(name): function for name, function in sorted(_translations.items())}
+    found = ((_operator(name), function) for name, function in sorted(_translations.items()))
+    return {operator: function for operator, function in found if operator is not None}
 
 
-def _operator(name: str) -> Callable[..., Any]:
+def _operator(name: str) -> Callable[..., Any] | None:
+    """The operator of that name, None where the library that has it was not imported."""
     namespace, _, operator = name.partition("::")
-    overload: Callable[..., Any] = getattr(getattr(torch.ops, namespace), operator).default
+    packet = getattr(getattr(torch.ops, namespace), operator, None)
+    overload: Callable[..., Any] | None = getattr(packet, "default", None)
     return overload

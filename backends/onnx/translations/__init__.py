@@ -1,1 +1,1 @@
-"""One translation of a ``mopt::`` operator to ONNX per file."""
+"""One translation of an operator that ONNX has no like of per file."""
