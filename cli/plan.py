@@ -82,12 +82,15 @@ def _plan_buffers(
     seed: int,
 ) -> None:
     """Read CSV, place, check, and write CSV if it fits."""
+    from mopt.disk import check_writable
     from mopt.files import write_file_atomic
     from mopt.memory_check import require_legal
     from mopt.memory_csv import read_buffers, solution_csv
     from mopt.registry import find_placement
 
     problem = read_buffers(source, capacity)
+    if output is not None:
+        check_writable(output)
     out.doing = "planning"
     plan = find_placement()(problem, time_limit=time_limit, seed=seed)
     require_legal(problem, plan)
@@ -121,8 +124,9 @@ def _show(
         out.text(f"  bound    {_bytes(plan.lower_bound)}{_bound_source(plan)}")
         if problem.capacity is not None:
             out.text(f"  capacity {_bytes(problem.capacity)}")
-        nodes = f", {plan.nodes:,} nodes" if plan.nodes else ""
-        out.text(f"  found    by {plan.solver}{nodes}, in {seconds(plan.seconds)}")
+        if plan.solver != "none":
+            nodes = f", {plan.nodes:,} nodes" if plan.nodes else ""
+            out.text(f"  found    by {plan.solver}{nodes}, in {seconds(plan.seconds)}")
     if plan.gap == 0:
         proof = "proved least"
     else:
@@ -158,7 +162,7 @@ def _does_not_fit(problem: MemoryProblem, plan: MemoryPlan) -> BudgetNotMet:
     ids = sorted(plan.binding.ids, key=lambda name: -sizes[name])
     shown = ", ".join(f"{name} ({sizes[name]:,})" for name in ids[:_SHOWN])
     more = f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else ""
-    moment = f"in {_steps(plan)} {plan.binding.bytes:,} bytes are needed at once: {shown}{more}"
+    moment = f"in {_steps(plan)}, {plan.binding.bytes:,} bytes are needed at once: {shown}{more}"
     if plan.status == "infeasible":
         capacity = f"{problem.capacity:,} bytes"
         if plan.binding.bytes == plan.lower_bound:

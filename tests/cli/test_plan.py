@@ -49,7 +49,7 @@ def test_too_little_room_exits_1_and_names_moment_and_buffers(mopt: Call, place:
     done = mopt("plan", "b.csv", "--capacity", "11", "-o", "s.csv")
     assert done.code == 1
     assert (
-        "error[does-not-fit]: the buffers do not fit into 11 bytes: in steps 0 to 2 12 bytes"
+        "error[does-not-fit]: the buffers do not fit into 11 bytes: in steps 0 to 2, 12 bytes"
         in (done.err)
     )
     assert "b1 (4), b3 (4), b5 (4)" in done.err
@@ -64,7 +64,7 @@ def test_what_only_the_search_can_prove(mopt: Call, place: Path) -> None:
     done = mopt("plan", "b.csv", "--capacity", "13")
     assert done.code == 1
     assert "no layout fits into 13 bytes, proved by search: at least 14 bytes" in done.err
-    assert "In step 2 12 bytes are needed at once: b (6), a (4), c (2)" in done.err
+    assert "In step 2, 12 bytes are needed at once: b (6), a (4), c (2)" in done.err
 
 
 def test_malformed_csv_is_an_error_with_its_place(mopt: Call, place: Path) -> None:
@@ -74,6 +74,15 @@ def test_malformed_csv_is_an_error_with_its_place(mopt: Call, place: Path) -> No
     assert "error[csv-number]: upper must be a whole number, found 'three'" in done.err
     assert "at b.csv:2:6" in done.err
     assert mopt("plan", "missing.csv").code == 2
+
+
+def test_an_output_that_cannot_be_written(mopt: Call, place: Path) -> None:
+    (place / "b.csv").write_text(BUFFERS)
+    done = mopt("plan", "b.csv", "-o", "missing/s.csv")
+    assert done.code == 2
+    assert "error[folder-not-found]" in done.err
+    (place / "empty.csv").write_text("id,lower,upper,size\n")
+    assert mopt("plan", "empty.csv", "-q").out == "0 buffers in 0 bytes, proved least\n"
 
 
 def test_capacities_have_units(mopt: Call, place: Path) -> None:
