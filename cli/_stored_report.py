@@ -11,6 +11,7 @@ from mopt.errors import ArtifactError, quote
 from mopt.report import SCHEMA
 
 Check = Callable[[Any], bool]
+_LEAST, _MOST = 1e-100, 1e100
 
 
 def read_stored_report(folder: str | Path) -> dict[str, Any] | None:
@@ -51,7 +52,10 @@ def _flag(value: Any) -> bool:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A number whose quotients with others stay finite."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return value == 0 or (math.isfinite(value) and _LEAST < abs(value) < _MOST)
 
 
 def _count(value: Any) -> bool:
