@@ -15,7 +15,7 @@ from mopt.proof import Parity, Quality, Timing
 
 ROUNDS = 3
 # A choice that keeps more quality than this share of what it may lose is asked to use it.
-_UNUSED = 0.5
+_UNUSED = 0.9
 
 
 @dataclass
