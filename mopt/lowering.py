@@ -11,6 +11,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature as signature_parameters
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -194,15 +195,21 @@ def lower(program: Program, backend: str = "onnx", *, target: str = "host") -> A
 
 
 def load(
-    folder: str | Path, *, module: nn.Module | None = None, threads: int | None = None
+    folder: str | Path,
+    *,
+    module: nn.Module | None = None,
+    threads: int | None = None,
+    resident: float | None = None,
 ) -> Loaded:
     """Load an artifact from disk: every hash is checked first, nothing is unpickled.
 
-    ``module`` is the user's model, needed only when parts of it stayed eager. Raises ArtifactError
-    for a folder that is incomplete, altered or hostile.
+    ``module`` is the user's model, needed only when parts of it stayed eager. ``resident`` is the
+    share of the weights that may be in memory at once, the others being read in every run: only
+    the eager backend can, UsageError (``cannot-stream``) elsewhere. Raises ArtifactError for a
+    folder that is incomplete, altered or hostile.
     """
     manifest = read_manifest(folder)
-    return open_artifact(Path(folder), manifest, module=module, threads=threads)
+    return open_artifact(Path(folder), manifest, module=module, threads=threads, resident=resident)
 
 
 def read_manifest(folder: str | Path, *, check_hashes: bool = True) -> dict[str, Any]:
@@ -240,14 +247,22 @@ def open_artifact(
     *,
     module: nn.Module | None = None,
     threads: int | None = None,
+    resident: float | None = None,
 ) -> Loaded:
     """The callable of an artifact whose manifest was checked."""
     backend = find_backend(manifest["backend"])
+    options = {} if resident is None else {"resident": resident}
+    if options and "resident" not in signature_parameters(backend.open).parameters:
+        raise UsageError(
+            f"backend {manifest['backend']!r} keeps all weights in memory",
+            code="cannot-stream",
+            hint="compile with --backend eager",
+        )
     calls: dict[str, Callable[..., Any]] = {}
     runners: list[Runner] = []
     for part in manifest["parts"]:
         signature = Signature.from_json(part["signature"])
-        runner = backend.open(folder / part["folder"], signature, threads=threads)
+        runner = backend.open(folder / part["folder"], signature, threads=threads, **options)
         runners.append(runner)
         calls[part["path"]] = _caller(runner, signature)
 

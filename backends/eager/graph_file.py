@@ -68,8 +68,11 @@ def write_graph(program: Program) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return {"schema": SCHEMA, "nodes": nodes}, weights
 
 
-def read_graph(data: Any, weights: dict[str, Tensor]) -> fx.GraphModule:
-    """The graph of a file whose JSON was parsed with limits. Raises ArtifactError."""
+def read_graph(data: Any, weights: dict[str, Tensor], *, as_stored: bool = False) -> fx.GraphModule:
+    """The graph of a file whose JSON was parsed with limits. Raises ArtifactError.
+
+    ``as_stored`` leaves weights in the layout of the file; nodes say what theirs is.
+    """
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise ArtifactError("the graph file has another schema", code="graph-schema")
     root = torch.nn.Module()
@@ -83,7 +86,7 @@ def read_graph(data: Any, weights: dict[str, Tensor]) -> fx.GraphModule:
         raise ArtifactError("the graph file has no nodes", code="malformed-graph-file")
     for entry in entries:
         try:
-            _read_node(entry, graph, root, known, attribute)
+            _read_node(entry, graph, root, known, attribute, as_stored)
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(
                 f"malformed graph node {quote(entry)}", code="malformed-graph-file"
@@ -97,6 +100,7 @@ def _read_node(
     root: torch.nn.Module,
     known: dict[str, fx.Node],
     attribute: dict[str, str],
+    as_stored: bool,
 ) -> None:
     kind, name = entry["op"], entry["name"]
     if not isinstance(name, str) or name in known:
@@ -105,12 +109,15 @@ def _read_node(
         node = graph.placeholder(f"input_{len(known)}")
     elif kind == "get_attr":
         node = graph.get_attr(attribute[entry["target"]])
-        if entry.get("memory_format") == "channels_last":
+        node.meta["stored"] = entry["target"]
+        node.meta["channels_last"] = entry.get("memory_format") == "channels_last"
+        if node.meta["channels_last"] and not as_stored:
             tensor = root.get_buffer(attribute[entry["target"]])
             last = tensor.contiguous(memory_format=torch.channels_last)
             root.register_buffer(attribute[entry["target"]], last)
         # Torch picks another matmul kernel for a weight that could have a gradient.
         if entry.get("requires_grad") is True:
+            node.meta["requires_grad"] = True
             root.get_buffer(attribute[entry["target"]]).requires_grad_(True)
     elif kind == "call_function":
         target = _operator(entry["target"])
