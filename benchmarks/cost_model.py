@@ -37,12 +37,12 @@ from mopt.cost_models.host import class_profile
 from mopt.device import DeviceProfile
 from mopt.device_file import read_device
 from mopt.errors import MoptError
-from mopt.program_signature import signature_of
 from mopt.machine import machine_fingerprint
 from mopt.measure import Subject, measure_one
 from mopt.npz_files import write_npz
 from mopt.pass_base import PassContext
 from mopt.pipeline import Pipeline
+from mopt.program_signature import signature_of
 from mopt.recipe import Recipe
 
 RECIPES = ("none", "int8-dynamic", "int8-static", "int4-weight", "int8-weight")
