@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -151,7 +151,8 @@ class StreamedGraph:
             while True:
                 for stretch in self.stretches:
                     with self._room:
-                        self._room.wait_for(lambda s=stretch: self._is_closed or self._fits(s))
+                        while not (self._is_closed or self._fits(stretch)):
+                            self._room.wait()
                         if self._is_closed:
                             return
                     self._change(stretch.bytes)
@@ -225,7 +226,7 @@ def _rounded(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _last_uses(graph: fx.Graph) -> dict[fx.Node, Sequence[fx.Node]]:
+def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     """For every node the values that nobody reads after it."""
     dies: dict[fx.Node, list[fx.Node]] = {node: [] for node in graph.nodes}
     seen: set[fx.Node] = set()
