@@ -34,7 +34,7 @@ from mopt.proof import (
     store_sample,
 )
 from mopt.recipe import Recipe
-from mopt.registry import find_backend, make_pass
+from mopt.registry import find_backend, list_backends, make_pass
 from mopt.report import Report
 from mopt.report_data import report_data
 from mopt.rounds import Attempt, choice_data, close_loop, nearest_point
@@ -164,11 +164,12 @@ def find_target(target: str, backend: str) -> DeviceProfile:
     find_backend(backend)
     if not (device.is_host or backend in device.backends):
         able = ", ".join(device.backends)
+        usable = [name for name in device.backends if name in list_backends()]
         raise UsageError(
             f"the backend {backend!r} does not lower for {device.id}"
             + (f"; it takes {able}" if able else ", and neither does any other here"),
             code="target-backend",
-            hint=f"-b {device.backends[0]}" if able
+            hint=f"-b {usable[0]}" if usable
             else f"mopt pareto -t {target} estimates for it without lowering",
         )  # fmt: skip
     return device
