@@ -80,7 +80,8 @@ class PassContext:
     ``evaluate`` maps a callable with the model's inputs to the user's metric, higher or lower being
     better as the metric says. ``deadline`` is on ``time.monotonic``. ``budget``, ``baseline``,
     ``observations`` and ``allow_slower`` are for passes that choose under a budget; ``cache`` keeps
-    what they measure, None keeps nothing.
+    what they measure, None keeps nothing. ``unrounded`` is the program before its first lossy pass,
+    set by the pipeline unless given: what passes that repair rounding compare with, and never edit.
     """
 
     device: DeviceProfile | None = None
@@ -97,6 +98,7 @@ class PassContext:
     observations: tuple[Observation, ...] = ()
     allow_slower: bool = False
     cache: Cache | None = None
+    unrounded: Program | None = None
 
     def check_time(self, doing: str) -> None:
         """Raise LimitError when the compile's time is up."""

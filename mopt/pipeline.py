@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -86,12 +86,15 @@ class Pipeline:
         captured = before
         if reference is not None:
             captured = {path: _outputs(part) for path, part in reference.parts().items()}
-        current = program
+        current, unrounded = program, ctx.unrounded or program
         steps: list[Step] = list(program.steps)
         for index, one in enumerate(self.passes):
             ctx.progress.step(index, len(self.passes), f"passes, now {one.pass_name}")
             ctx.check_time(f"running {one.pass_name}")
-            current, before, step = _run_one(one, current, before, captured, ctx)
+            given = replace(ctx, unrounded=unrounded)
+            lossless = current is unrounded and one.numerics is not Numerics.LOSSY
+            current, before, step = _run_one(one, current, before, captured, given)
+            unrounded = current if lossless else unrounded
             steps.append(step)
             for watcher in self.watchers:
                 watcher(step)
