@@ -104,6 +104,23 @@ class Stream:
             rows += len(flat)
         return total / max(rows, 1)
 
+    def shift(self, node: fx.Node, offset: Tensor) -> None:
+        """Add ``offset`` to the value of ``node`` in every batch, for the nodes still to come."""
+        for batch in self._batches:
+            batch[node] = batch[node] + offset
+
+    def drift(self, node: fx.Node, original: Stream) -> Tensor:
+        """The mean of (x - y) y^T over rows, x of ``original`` and y of this stream, (K, K)."""
+        mine, theirs = self.values(node), original.values(node)
+        width = mine[0].shape[-1]
+        total = torch.zeros(width, width, device=mine[0].device)
+        rows = 0
+        for value, reference in zip(mine, theirs, strict=True):
+            flat = value.detach().reshape(-1, width).float()
+            total.addmm_((reference.detach().reshape(-1, width).float() - flat).t(), flat)
+            rows += len(flat)
+        return total / max(rows, 1)
+
     def _step(self, batch: dict[fx.Node, Any], at: int) -> None:
         node = self._nodes[at]
         if node.op not in ("placeholder", "get_attr", "output"):

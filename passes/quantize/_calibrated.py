@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from mopt.formats import Encoded, Grid, GridFormat
@@ -38,9 +39,9 @@ def input_groups(layers: list[Layer]) -> list[Group]:
 
 
 def visit_inputs(
-    program: Program, stream: Stream, groups: list[Group]
+    program: Program, stream: Stream, groups: list[Group], original: Stream | None = None
 ) -> Iterator[tuple[Group, fx.Node, bool]]:
-    """Each group with what one of its calls reads, when the stream gets there, and if it was last.
+    """Each group with what one of its calls reads, when the streams get there, and if it was last.
 
     A group that is called several times comes that often.
     """
@@ -53,24 +54,63 @@ def visit_inputs(
     left = {group.inputs: len(group.inputs) for group in groups}
     for _, call, group, value in sorted(stops, key=lambda stop: stop[0]):
         stream.advance(call)
+        if original is not None:
+            original.advance(call)
         left[group.inputs] -= 1
         yield group, value, left[group.inputs] == 0
 
 
+@dataclass(frozen=True)
+class Moments:
+    """What a group reads: the second moment (K, K) of its values, and how far they have drifted.
+
+    ``drift`` is the mean of (x - y) y^T for x the original model's values and y the ones read now,
+    (K, K), None where the original model did not run beside.
+    """
+
+    second: Tensor
+    drift: Tensor | None = None
+
+    def plus(self, other: Moments) -> Moments:
+        """The sum of both."""
+        assert (self.drift is None) == (other.drift is None)
+        drift = None if self.drift is None or other.drift is None else self.drift + other.drift
+        return Moments(self.second + other.second, drift)
+
+
 def visit_groups(
-    program: Program, stream: Stream, groups: list[Group]
-) -> Iterator[tuple[Group, Tensor]]:
-    """Each group with the second moment of what it reads, when the stream gets to it.
+    program: Program, stream: Stream, groups: list[Group], original: Stream | None = None
+) -> Iterator[tuple[Group, Moments]]:
+    """Each group with the moments of what it reads, when the stream gets to it.
 
     A group that is called several times comes at its last call, with the mean over its calls.
     """
-    moments: dict[tuple[fx.Node, ...], Tensor] = {}
-    for group, value, last in visit_inputs(program, stream, groups):
-        share = stream.second_moment(value) / len(group.inputs)
+    moments: dict[tuple[fx.Node, ...], Moments] = {}
+    for group, value, last in visit_inputs(program, stream, groups, original):
+        count = len(group.inputs)
+        drift = None if original is None else stream.drift(value, original) / count
+        share = Moments(stream.second_moment(value) / count, drift)
         known = moments.pop(group.inputs, None)
-        moments[group.inputs] = share if known is None else known + share
+        moments[group.inputs] = share if known is None else known.plus(share)
         if last:
             yield group, moments.pop(group.inputs)
+
+
+def aimed(weight: Tensor, moments: Moments, damping: float = 0.01) -> Tensor:
+    """The weight that, on what is read now, comes nearest to the original outputs, float32.
+
+    The least squares solution W + W D (H + damping)^-1 with D the drift and H the second moment
+    (Li et al. 2025, "GPTAQ", for its target); the weight itself where there is no drift.
+    """
+    if moments.drift is None:
+        return weight
+    h = moments.second.double().clone()
+    h.diagonal().add_(damping * h.diagonal().mean().clamp(min=1e-30))
+    factor, failed = torch.linalg.cholesky_ex(h)
+    if bool(failed):
+        return weight
+    shift = torch.cholesky_solve((weight.double() @ moments.drift.double()).t(), factor).t()
+    return (weight.double() + shift).to(weight.dtype)
 
 
 def encode_on_data(
@@ -80,28 +120,36 @@ def encode_on_data(
     kinds: tuple[str, ...],
     choose: Callable[[Layer, Tensor], GridFormat | str],
     encode: Callable[[Layer, Tensor, GridFormat, Tensor], tuple[Encoded, Mapping[str, Any]]],
+    *,
+    aim_at_original: bool = False,
 ) -> PassResult:
     """Encode every selected layer of ``kinds`` for the inputs it gets on calibration data.
 
     ``choose`` gives a layer's format or the reason to leave it; ``encode`` is given the second
     moment of the layer's inputs, which come from layers that are encoded already, and may return
-    remarks for the report. Layers that read one value share its moment.
+    remarks for the report. Layers that read one value share its moment. ``aim_at_original`` lets
+    the original model run beside, and gives ``encode`` the weight that makes up for what the
+    encoded layers before it have changed.
     """
     assert ctx.calibration is not None
     forms, skipped = _choose(one, program, ctx, kinds, choose)
     if not forms:
         return PassResult(changed=False, stats={"layers": 0}, skipped=skipped)
     stream = Stream(program, ctx.calibration.for_part(program), ctx)
+    original = None
+    if aim_at_original:
+        original = Stream(program, ctx.calibration.for_part(program), ctx)
     encoded: dict[Layer, Encoded] = {}
     weight_error: dict[str, float] = {}
     layer_error: dict[str, float] = {}
     remarks: dict[str, Any] = {}
-    for group, moment in visit_groups(program, stream, input_groups(list(forms))):
+    for group, moments in visit_groups(program, stream, input_groups(list(forms)), original):
+        moment = moments.second
         for layer in group.layers:
             ctx.progress.step(len(encoded), len(forms), "layers")
             ctx.check_time(f"encoding {layer.path}")
             form, weight = forms[layer], program.weight(layer.weight)
-            encoded[layer], said = encode(layer, weight, form, moment)
+            encoded[layer], said = encode(layer, aimed(weight, moments), form, moment)
             decoded = form.decode(encoded[layer])
             stream.replace_weight(layer.calls, layer.weight, decoded.to(weight.dtype))
             weight_error[layer.path] = relative_error(weight, decoded)
@@ -118,7 +166,7 @@ def encode_on_data(
         "weight_error": weight_error,
         "output_error": layer_error,
         "batches": stream.batches,
-        "peak_activation_bytes": stream.peak_bytes,
+        "peak_activation_bytes": stream.peak_bytes + (original.peak_bytes if original else 0),
     }
     if remarks:
         stats["remarks"] = remarks

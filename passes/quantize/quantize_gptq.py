@@ -32,15 +32,17 @@ class QuantizeGptq(Pass):
     GPTQ with static groups, then `refinements` rounds of fitting the scales and moving single
     codes, each of which lowers the error of the layer's output on the calibration data further;
     `refinements = 0` is plain GPTQ. A layer is rounded for the inputs that the rounded layers
-    before it give. The statistics `output_error` say, per layer, how large the error of its output
-    is, as a share of the output's own power.
+    before it give; with `aim = "original"` it aims at what the original layer gave for its own
+    inputs, and so makes up for errors of the layers before it (GPTAQ). The statistics
+    `output_error` say, per layer, how large the error of its output is, as a share of the output's
+    own power.
 
     ## Limits
     Linear layers only. Where the second moment of the inputs cannot be factored, the damping is
     raised tenfold up to 0.1; where that is not enough the layer is rounded to nearest; both are
     said in the statistics. Time grows with the cube of a layer's in_features. Between layers, only
-    the values that the rest of the model still needs are kept, for all batches. 3 bits are stored
-    in 4: there is no faster kernel for them.
+    the values that the rest of the model still needs are kept, for all batches;
+    `aim = "original"` keeps them twice. 3 bits are stored in 4: there is no faster kernel for them.
 
     ## Example
     Four-bit weights in groups of 128 that lose less than half of what rounding to nearest loses.
@@ -58,6 +60,10 @@ class QuantizeGptq(Pass):
     order: str = option(
         "activation", choices=("activation", "plain"),
         help="columns with the largest inputs first, or from left to right",
+    )  # fmt: skip
+    aim: str = option(
+        "original", choices=("original", "layer"),
+        help="whose outputs count: those of the original model, or of the layer on the new inputs",
     )  # fmt: skip
     damping: float = option(0.01, min=0, max=0.1, help="added to the second moment's diagonal")
     refinements: int = option(2, min=0, max=20, help="rounds of fitting scales and moving codes")
@@ -88,7 +94,10 @@ class QuantizeGptq(Pass):
             return is_small(layer, self.min_size) or wanted
 
         kinds = ("linear", "convolution", "embedding")
-        return encode_on_data(self, program, ctx, kinds, choose, self._encode)
+        return encode_on_data(
+            self, program, ctx, kinds, choose, self._encode,
+            aim_at_original=self.aim == "original",
+        )  # fmt: skip
 
     def _encode(
         self, layer: Layer, weight: Tensor, form: GridFormat, moment: Tensor

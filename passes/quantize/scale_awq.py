@@ -68,7 +68,7 @@ class ScaleAwq(Pass):
         found: dict[str, Tensor] = {}
         powers: dict[str, float] = {}
         gains: dict[str, float] = {}
-        for group, moment in visit_groups(program, stream, [edge.group for edge in edges]):
+        for group, moments in visit_groups(program, stream, [edge.group for edge in edges]):
             edge = by_inputs[group.inputs]
             ctx.progress.step(len(powers), len(edges), "edges")
             ctx.check_time(f"scaling the inputs of {edge.path}")
@@ -76,7 +76,7 @@ class ScaleAwq(Pass):
             for value in stream.values(group.inputs[0]):
                 magnitudes.add(value)
             weights = [program.weight(layer.weight).float() for layer in group.layers]
-            factors, power, gain = self._search(weights, magnitudes.mean_magnitude, moment)
+            factors, power, gain = self._search(weights, magnitudes.mean_magnitude, moments.second)
             powers[edge.path], gains[edge.path] = power, gain
             if power > 0:
                 found[edge.path] = factors
