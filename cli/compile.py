@@ -27,7 +27,7 @@ from mopt.cli._output import Output
 from mopt.cli._progress import ConsoleProgress
 from mopt.cli._summary import show_result
 from mopt.cli._text import seconds
-from mopt.errors import BudgetNotMet
+from mopt.errors import BudgetNotMet, UsageError
 from mopt.files import check_target
 from mopt.model_source import (
     check_data_reference,
@@ -119,9 +119,15 @@ along one more axis in front, or there is one array a batch, named x.0, x.1 and 
     metavar="M",
     help="Give up when the compile takes longer.",
 )
+@option(
+    "--max-memory",
+    metavar="SIZE",
+    help="Give up when calibration holds more activations than this, such as 2GiB.",
+)
 @click.pass_obj
 def command(out: Output, model: str, **options: Any) -> None:  # fmt: skip
     budget = Budget.parse(options["budget"])
+    options["max_memory"] = _bytes(options["max_memory"])
     chosen = _recipe(options["recipe"] or budget.default_recipe, options["settings"])
     source_name = parse_source(model)
     for key, what in (("calib", "calibration data"), ("evaluate", "function")):
@@ -151,6 +157,19 @@ def command(out: Output, model: str, **options: Any) -> None:  # fmt: skip
 
 def _recipe(name: str, settings: tuple[str, ...]) -> Recipe:
     return Recipe.load(name).with_settings(list(settings))
+
+
+def _bytes(text: str | None) -> int | None:
+    """A size as budgets write it, in bytes."""
+    if text is None:
+        return None
+    found = Budget.parse(f"memory<={text}").get("memory")
+    assert found is not None
+    if found.relative:
+        raise UsageError(
+            f"--max-memory is {text!r}, expected a size", code="bad-option", hint="for example 2GiB"
+        )
+    return int(found.value)
 
 
 def _print_recipe(out: Output, recipe: Recipe) -> None:
@@ -217,6 +236,7 @@ def _compile(
         require_coverage=options["require_coverage"],
         allow_slower=options["allow_slower"],
         max_minutes=options["max_minutes"],
+        max_memory_bytes=options["max_memory"],
         settings=Settings(measure=options["measure"], threads=options["threads"]),
         progress=progress,
         callbacks=(tell,),

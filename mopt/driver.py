@@ -71,6 +71,7 @@ def compile(
     require_coverage: float = 0.0,
     allow_slower: bool = False,
     max_minutes: float | None = None,
+    max_memory_bytes: int | None = None,
     settings: Settings | None = None,
     progress: Progress | None = None,
     callbacks: Iterable[Callable[[Step], None]] = (),
@@ -116,6 +117,7 @@ def compile(
         seed=seed,
         backend=backend,
         deadline=started + 60 * max_minutes if max_minutes else None,
+        max_memory_bytes=max_memory_bytes,
     )
     chooses = any(one.chooses for one in passes)
     cache = Cache() if chooses else None
