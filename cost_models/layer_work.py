@@ -62,8 +62,11 @@ def _linear(
         if sharers > 1:
             added = [_shared("quantize.dynamic", rows * inputs, sharers, path)]
     elif weight_format.startswith("int8-qdq"):
-        family = "linear.int8-static"
-        added = _borders(rows * inputs, rows * outputs, sharers, isolated, path)
+        # Between float neighbours the input is rounded, once for all that read it, and the product
+        # widens its own result; between others in 8 bits neither is needed.
+        family = "linear.int8-shared" if isolated else "linear.int8-static"
+        if isolated:
+            added = [_shared("quantize.linear", rows * inputs, sharers, path)]
     elif blocks is not None:
         if blocks[3] and blocks[1] != "4":
             raise _no_kernel(weight_format, path, "with float activations only 4 bits have one")

@@ -181,8 +181,7 @@ class ChooseFormats(Pass):
     ) -> tuple[list[Sites], dict[str, str]]:
         sites, left = read_sites(program, self.selects, self.min_size)
         kinds = {layer.kind for one in sites for layer in one.layers}
-        # Between matrices of a transformer nothing but the matrices works on 8-bit values.
-        static = ctx.calibration is not None and "convolution" in kinds
+        static = ctx.calibration is not None
         names = {
             kind: format_names(
                 kind, given=self._given(), with_static=static, with_half=asks_for_size(budget)

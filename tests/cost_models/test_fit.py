@@ -73,7 +73,7 @@ def test_every_family_has_a_model_to_time_it_with() -> None:
         ("linear", (64, 32), "int8-dynamic", ["linear.int8-dynamic"]),
         ("linear", (64, 32), "int4-g32", ["linear.int4-blocks"]),
         ("linear", (64, 32), "int8-qdq",
-         ["linear.int8-static", "quantize.linear", "quantize.dequantize"]),
+         ["linear.int8-shared", "quantize.linear"]),
         ("convolution", (8, 8, 3, 3), "fp32", ["convolution.fp32"]),
         ("embedding", (100, 16), "fp32", ["embedding.fp32"]),
     ],
