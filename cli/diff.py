@@ -12,7 +12,7 @@ Examples:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import click
@@ -29,7 +29,7 @@ from mopt.cli._text import change, disk_size, memory_size, milliseconds, plural
 @click.pass_obj
 def command(out: Output, first: str, second: str) -> None:
     old, new = read_given(first).report, read_given(second).report
-    data = {
+    data: dict[str, Any] = {
         "a": first,
         "b": second,
         "models": [old["model"], new["model"]],
@@ -74,11 +74,11 @@ def _show_layers(out: Output, layers: Mapping[str, Any]) -> None:
 
 def _rows(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[dict[str, Any]]:
     a, b = old["result"], new["result"]
-    rows = [_row("size", a["size_bytes"], b["size_bytes"], disk_size, "smaller", "measured")]
+    rows = [_row("size", [a["size_bytes"], b["size_bytes"]], disk_size, "smaller", "measured")]
     speeds = [report["speed"] for report in (old, new)]
     if all(speeds):
         ratios = [speed["ratio"] for speed in speeds]
-        row = _row("latency, of uncompressed", *ratios, lambda r: f"{r:.2f}x", "faster", "measured")
+        row = _row("latency, of uncompressed", ratios, lambda r: f"{r:.2f}x", "faster", "measured")
         low = speeds[1]["ratio_low"] / speeds[0]["ratio_high"]
         high = speeds[1]["ratio_high"] / speeds[0]["ratio_low"]
         differ = _machines_differ(old, new)
@@ -93,13 +93,13 @@ def _rows(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[dict[str, Any]
     ):
         values = [side[key]["estimated"] for side in (a, b)]
         if None not in values:
-            rows.append(_row(what, *values, show, less, "estimated"))
+            rows.append(_row(what, values, show, less, "estimated"))
     qualities = [report["quality"] for report in (old, new)]
     if qualities[0]["metric"] is not None and qualities[0]["metric"] == qualities[1]["metric"]:
         values = [quality["result"] for quality in qualities]
         if None not in values:
             less = "worse" if qualities[0]["higher_is_better"] else "better"
-            shown = _row(qualities[0]["metric"], *values, lambda v: f"{v:.4g}", less, "measured")
+            shown = _row(qualities[0]["metric"], values, lambda v: f"{v:.4g}", less, "measured")
             rows.append(shown)
     drifts = [quality["sqnr_db"] for quality in qualities]
     said = ["identical" if d is None else f"{d:.1f} dB SQNR" for d in drifts]
@@ -108,7 +108,10 @@ def _rows(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[dict[str, Any]
     return rows
 
 
-def _row(what: str, a: float, b: float, show: Any, less: str, source: str) -> dict[str, Any]:
+def _row(
+    what: str, pair: Sequence[float], show: Callable[[float], str], less: str, source: str
+) -> dict[str, Any]:
+    a, b = pair
     more = {"smaller": "larger", "faster": "slower", "lower": "higher", "worse": "better",
             "better": "worse"}[less]  # fmt: skip
     return {"what": what, "a": a, "b": b, "shown_a": show(a), "shown_b": show(b),
