@@ -1,0 +1,299 @@
+"""Training steps as recomputation problems: what backward reads, and what may be computed again.
+
+Storages are numbered; a value and all its views are one storage. ``replay`` is the judge of every
+plan: it runs the plan's order and adds up what is alive. Solvers live in
+``mopt.passes.checkpoint``; figures shown to users come from ``replay``, never from a solver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+from typing import Any
+
+from mopt.errors import InputError, InternalError
+
+
+@dataclass(frozen=True)
+class Again:
+    """How a forward call is done a second time: not always what the first time did.
+
+    Dropout, for one, is repeated by its kept mask, and batch norm does not move its averages twice.
+    """
+
+    reads: tuple[int, ...]
+    makes: tuple[int, ...]
+    seconds: float = 0.0
+    workspace: int = 0
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call: the storages it reads and makes, its time, and bytes it needs only while it runs.
+
+    ``again`` is None for what must not be repeated (random numbers, effects, backward calls).
+    """
+
+    name: str
+    reads: tuple[int, ...]
+    makes: tuple[int, ...]
+    seconds: float = 0.0
+    workspace: int = 0
+    layer: str = ""
+    again: Again | None = None
+
+
+@dataclass(frozen=True)
+class RecomputeProblem:
+    """A forward and a backward pass in their fixed orders.
+
+    ``sizes`` are the bytes of each storage. ``given`` storages exist all the time (weights, inputs,
+    incoming gradients); ``constant`` is what they take together. ``results`` stay until the end
+    once they are made (outputs, gradients).
+    """
+
+    sizes: tuple[int, ...]
+    forward: tuple[Call, ...]
+    backward: tuple[Call, ...]
+    given: frozenset[int] = frozenset()
+    results: frozenset[int] = frozenset()
+    constant: int = 0
+
+    @cached_property
+    def maker(self) -> dict[int, int]:
+        """The forward call that makes a storage, by storage."""
+        return {s: i for i, call in enumerate(self.forward) for s in call.makes}
+
+    @cached_property
+    def needed(self) -> tuple[int, ...]:
+        """Forward storages that backward reads, in order."""
+        read = {s for call in self.backward for s in call.reads}
+        return tuple(s for s in sorted(read) if s in self.maker)
+
+    @cached_property
+    def remakes(self) -> dict[int, int]:
+        """The forward call that can make a storage again, by storage."""
+        return {s: i for i, call in enumerate(self.forward) if call.again for s in call.again.makes}
+
+    @cached_property
+    def keep_all(self) -> frozenset[int]:
+        """What a plain training step keeps."""
+        return frozenset(self.needed)
+
+    @property
+    def seconds(self) -> float:
+        """Time of the step when nothing is repeated."""
+        return sum(call.seconds for call in (*self.forward, *self.backward))
+
+
+@dataclass(frozen=True)
+class Item:
+    """One entry of the backward order: a backward call, or a forward call done again."""
+
+    index: int
+    repeat: bool = False
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a plan really costs. ``peak_call`` names the call at which most bytes are alive."""
+
+    peak: int
+    forward_peak: int
+    backward_peak: int
+    saved_bytes: int
+    repeated_seconds: float
+    peak_call: str
+    live: tuple[int, ...] = field(repr=False)
+
+
+def replay(problem: RecomputeProblem, saved: Iterable[int], items: Sequence[Item]) -> Replay:
+    """Run the forward pass, keep ``saved``, run ``items``.
+
+    Raises InternalError (``bad-plan``) for an order that reads what is not there or leaves out a
+    backward call.
+    """
+    kept = set(saved)
+    forward = [(c.name, c.reads, c.makes, c.workspace) for c in problem.forward]
+    again, seconds = [], 0.0
+    for item in items:
+        if item.repeat:
+            call = problem.forward[item.index]
+            if call.again is None:
+                raise InternalError(f"{call.name} cannot be repeated", code="bad-plan")
+            seconds += call.again.seconds
+            again.append((call.name, call.again.reads, call.again.makes, call.again.workspace))
+        else:
+            call = problem.backward[item.index]
+            again.append((call.name, call.reads, call.makes, call.workspace))
+    if [i.index for i in items if not i.repeat] != list(range(len(problem.backward))):
+        raise InternalError("the plan does not run backward in order", code="bad-plan")
+    results = problem.results
+    stays = {s for s in results if s in problem.maker}
+    live: list[int] = []
+    held = _run(problem, forward, {}, kept | results, live, keep_to_end=True)
+    missing = kept - set(held) - problem.given
+    if missing:
+        raise InternalError(f"storages {sorted(missing)} are never made", code="bad-plan")
+    _run(problem, again, {s: problem.sizes[s] for s in kept | stays if s in held}, results, live,
+         keep_to_end=False, fixed=stays)  # fmt: skip
+    names = [c[0] for c in (*forward, *again)]
+    peak = max(live, default=problem.constant)
+    border = len(forward)
+    return Replay(
+        peak,
+        max(live[:border], default=problem.constant),
+        max(live[border:], default=problem.constant),
+        sum(problem.sizes[s] for s in kept - problem.given),
+        seconds,
+        names[live.index(peak)] if live else "",
+        tuple(live),
+    )
+
+
+_Run = tuple[str, tuple[int, ...], tuple[int, ...], int]
+
+
+def _run(
+    problem: RecomputeProblem,
+    calls: Sequence[_Run],
+    held: dict[int, int],
+    stay: frozenset[int] | set[int],
+    live: list[int],
+    *,
+    keep_to_end: bool,
+    fixed: Iterable[int] = (),
+) -> dict[int, int]:
+    """Append the bytes alive at each call; returns the storages held at the end."""
+    sizes, given = problem.sizes, problem.given
+    # What is kept is never replaced: a copy that comes with another repetition dies at once.
+    whole = frozenset(held)
+    last: dict[tuple[int, int], int] = {}
+    version = dict.fromkeys(held, 0)
+    for place, (_, reads, makes, _) in enumerate(calls):
+        for s in reads:
+            last[s, version.get(s, 0)] = place
+        for s in makes:
+            if s not in whole:
+                version[s] = version.get(s, 0) + 1
+    now = dict.fromkeys(held, 0)
+    total = problem.constant + sum(held.values())
+    fixed = set(fixed)
+    for s in [s for s in held if (s, 0) not in last and s not in fixed]:
+        total -= held.pop(s)
+    for place, (name, reads, makes, workspace) in enumerate(calls):
+        for s in reads:
+            if s not in held and s not in given:
+                raise InternalError(f"{name} reads storage {s}, which is gone", code="bad-plan")
+        spare = 0
+        for s in makes:
+            if s in whole:
+                spare += sizes[s]
+                continue
+            now[s] = now.get(s, 0) + 1
+            if s not in held:
+                held[s] = sizes[s]
+                total += sizes[s]
+        live.append(total + spare + workspace)
+        for s in {*reads, *makes}:
+            if s in held and last.get((s, now.get(s, 0)), -1) <= place and not (
+                s in fixed or s in stay
+            ):  # fmt: skip
+                total -= held.pop(s)
+    return held
+
+
+class PlanStatus(StrEnum):
+    """What is known about a plan: nothing cheaper exists, or how far it may be from that."""
+
+    OPTIMAL = "optimal"
+    FEASIBLE = "feasible"
+
+
+@dataclass(frozen=True)
+class RecomputePlan:
+    """What to keep and the order of backward, with the figures of ``replay``.
+
+    ``seconds_bound`` is a proved lower bound on the repeated seconds of any plan in the budget.
+    ``plain`` is the replay of the step that keeps everything; ``least_peak`` the least peak found.
+    """
+
+    saved: frozenset[int]
+    items: tuple[Item, ...]
+    figures: Replay
+    plain: Replay
+    least_peak: int
+    peak_bound: int
+    budget: int
+    seconds_bound: float
+    solver: str
+    solve_seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def status(self) -> PlanStatus:
+        """Optimal where the bound is reached."""
+        reached = self.figures.repeated_seconds <= self.seconds_bound * (1 + 1e-9)
+        return PlanStatus.OPTIMAL if reached else PlanStatus.FEASIBLE
+
+    @property
+    def gap(self) -> float:
+        """Repeated seconds above the bound, as a share of them (0: proved least)."""
+        spent = self.figures.repeated_seconds
+        return max(0.0, spent - self.seconds_bound) / spent if spent else 0.0
+
+    def repeats(self) -> dict[int, int]:
+        """How often each forward call is done again."""
+        found: dict[int, int] = {}
+        for item in self.items:
+            if item.repeat:
+                found[item.index] = found.get(item.index, 0) + 1
+        return found
+
+    def to_data(self) -> dict[str, Any]:
+        """The plan as JSON holds it."""
+        return {
+            "budget": self.budget,
+            "peak": self.figures.peak,
+            "forward_peak": self.figures.forward_peak,
+            "backward_peak": self.figures.backward_peak,
+            "peak_call": self.figures.peak_call,
+            "plain_peak": self.plain.peak,
+            "least_peak": self.least_peak,
+            "peak_bound": self.peak_bound,
+            "saved_bytes": self.figures.saved_bytes,
+            "plain_saved_bytes": self.plain.saved_bytes,
+            "repeated_seconds": self.figures.repeated_seconds,
+            "seconds_bound": self.seconds_bound,
+            "gap": self.gap,
+            "status": self.status.value,
+            "solver": self.solver,
+            "solve_seconds": self.solve_seconds,
+            "notes": list(self.notes),
+        }
+
+
+def parse_bytes(text: str | int | float, what: str = "memory_budget") -> int | float:
+    """Bytes from ``2GiB`` or a whole number; a share of the activations (a float) from ``35%``.
+
+    Raises InputError (``memory-budget``) for anything else.
+    """
+    units = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+             "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}  # fmt: skip
+    if isinstance(text, int) and not isinstance(text, bool) and text > 0:
+        return text
+    if isinstance(text, str):
+        number = text.strip().rstrip("%kKMGTiB ")
+        unit = text.strip()[len(number) :].strip()
+        if number.replace(".", "", 1).isdecimal() and float(number) > 0:
+            if unit == "%":
+                return float(number) / 100
+            if unit in units:
+                return int(float(number) * units[unit])
+    raise InputError(
+        f"{what} is {text!r}",
+        code="memory-budget",
+        hint="give bytes such as 2GiB or 1500MB, or a share of the activations such as '35%'",
+    )

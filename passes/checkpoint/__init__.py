@@ -1,0 +1,1 @@
+"""Choosing what a training step keeps for backward and what it computes again."""
