@@ -126,7 +126,8 @@ def _show(
             out.text(f"  capacity {_bytes(problem.capacity)}")
         if plan.solver != "none":
             nodes = f", {plan.nodes:,} nodes" if plan.nodes else ""
-            out.text(f"  found    by {plan.solver}{nodes}, in {seconds(plan.seconds)}")
+            over = ", when time ran out" if plan.timed_out else ""
+            out.text(f"  found    by {plan.solver}{nodes}, in {seconds(plan.seconds)}{over}")
     if plan.gap == 0:
         proof = "proved least"
     else:

@@ -2,8 +2,8 @@
 
 What is tried at a target, a peak that the layout may not exceed: the search on the instance as it
 is and on glued ones, each guided by several orders. How long a try lasts grows from round to
-round. Targets are the proved bound first, then what would be enough, or halfway between what is
-proved or given up and the best layout found.
+round. Targets are the proved bound first, then what would be enough, or without that something
+between the bound and the best layout found.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ _NODES, _NODES_PER_ITEM, _GROWTH = 400, 3, 4
 # Part of the time left that a round may spend at the bound before it looks at higher targets.
 _BOUND_SHARE = 0.25
 _ORDERS_TO_BISECT = 3
+# Dives: how far below the best layout towards the bound, tries on each variant, nodes of a try,
+# and their part of the time left in a round.
+_FIRST_DIVE, _LAST_DIVE, _DIVES, _DIVE_NODES, _DIVE_SHARE = 0.5, 0.01, 5, 50, 0.5
 # Targets between the bound and the best layout in a round, before tries last longer.
 _BISECTIONS = 6
 
@@ -148,6 +151,7 @@ class _Search:
             if not only_target:
                 self._try(self.enough, orders, variants, growth)
             return
+        self._dive(turn)
         given_up = self.floor
         for _ in range(_BISECTIONS):
             target = (given_up + self.best.peak) // 2
@@ -157,6 +161,42 @@ class _Search:
             some = orders[: _ORDERS_TO_BISECT << turn]
             if self._try(target, some, variants, growth) != SOLVED:
                 given_up = max(target, self.floor)
+
+    def _dive(self, turn: int) -> None:
+        """Many short tries below the best layout, less far below when none of them helps.
+
+        What is found is mostly found without turning back, so a new order is better than patience.
+        """
+        share = _FIRST_DIVE
+        deadline = time.monotonic() + _DIVE_SHARE * self.clock.left()
+        while share > _LAST_DIVE and not self._is_done() and time.monotonic() < deadline:
+            target = self.best.peak - max(1, int(share * (self.best.peak - self.floor)))
+            if any(self._is_solved_by(v, target) for v in self._some_variants(turn)):
+                share = min(_FIRST_DIVE, 2 * share)
+            else:
+                share /= 2
+
+    def _some_variants(self, turn: int) -> Iterator[Variant]:
+        yield from USUAL
+        yield from guesses([int(k) for k in self.rng.integers(2**32, size=_GUESSED << turn)])
+
+    def _is_solved_by(self, variant: Variant, target: int) -> bool:
+        """A few disturbed orders on one variant, hardly more nodes than it has items."""
+        ready = self.variants.ready(variant, target)
+        if ready.is_too_large:
+            return False
+        for k in self.rng.permutation(len(_ORDERS))[:_DIVES]:
+            order = _ORDERS[int(k)]
+            seed = int(self.rng.integers(2**32))
+            guide = Guide(_rank(ready.instance, _Order(*order, seed)), order[1])
+            nodes = _DIVE_NODES + 2 * len(ready.instance.items)
+            answer, offsets = run(ready, target, guide, nodes, self.clock)
+            if answer == SOLVED:
+                self._take(self.variants.original(variant, ready, offsets), "search")
+                return True
+            if answer == REFUTED or self.clock.is_over():
+                return False
+        return False
 
     def _orders(self, turn: int) -> Iterator[_Order]:
         for name, lean in _ORDERS:

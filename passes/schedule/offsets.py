@@ -30,8 +30,9 @@ def place(problem: MemoryProblem, *, time_limit: float = TIME_LIMIT, seed: int =
     proved that nothing fits, TIME_OUT where that is open; the offsets are the best ones found
     either way. The first exact search on a machine compiles it, which the limit leaves out.
 
-    The same problem and seed give the same plan unless time runs out. Raises UsageError
-    (``time-limit``) and InputError (``fixed-overlap``: two fixed buffers share bytes).
+    The same problem and seed give the same plan, except where the search takes a good part of the
+    time limit. Raises UsageError (``time-limit``) and InputError (``fixed-overlap``: two fixed
+    buffers share bytes).
     """
     if not time_limit > 0:
         raise UsageError(f"time limit {time_limit} is not positive", code="time-limit")
