@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from mopt.allocations import Allocations, record_allocations
 from mopt.backends.eager.out_calls import Way, ways
 from mopt.effects import is_pure
-from mopt.program import Program
+from mopt.program import Program, is_dynamic
 from mopt.storages import CallFacts, StorageTrace
 
 
@@ -35,6 +35,9 @@ class _Recorder(fx.Interpreter):
         self._ways: dict[str, list[str]] = {}
         self._takes: dict[tuple[str, str], list[str]] = {}
         self._log = Allocations()
+        # Other sizes run without the plan and need the weights as they are; both are too much.
+        inputs = [node for node in program.graph.nodes if node.op == "placeholder"]
+        self._may_pack = not any(is_dynamic(node) for node in inputs)
 
     def start(self, program: Program, log: Allocations) -> None:
         self._log = log
@@ -58,6 +61,8 @@ class _Recorder(fx.Interpreter):
         for name, way, run in ways(node.target):
             args = given
             if way.pack is not None:
+                if not self._may_pack:
+                    continue
                 packed = _packed(way, node, args, kwargs)
                 if packed is None:
                     continue
