@@ -1,0 +1,140 @@
+"""Plans of training steps: known optima, random problems, budgets below the least peak."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from random import Random
+
+import pytest
+
+from mopt.errors import BudgetNotMet, InputError, InternalError
+from mopt.passes.checkpoint._bounds import least_peak, least_seconds
+from mopt.passes.checkpoint._order import closed, draft, must_keep, sources
+from mopt.passes.checkpoint.plan import plan
+from mopt.recompute import Again, Call, Item, RecomputeProblem, parse_bytes, replay
+
+
+def chain(length: int) -> RecomputeProblem:
+    """``length`` unit steps; backward of each reads its own and the previous value."""
+    forward = []
+    for i in range(length):
+        before = (i - 1,) if i else ()
+        forward.append(Call(f"f{i}", before, (i,), 1.0, again=Again(before, (i,), 1.0)))
+    backward = []
+    for place, i in enumerate(reversed(range(length))):
+        reads = [i, *([i - 1] if i else []), *([length + place - 1] if place else [])]
+        backward.append(Call(f"b{i}", tuple(reads), (length + place,), 2.0))
+    return RecomputeProblem(
+        (1,) * (2 * length), tuple(forward), tuple(backward), results=frozenset([2 * length - 1])
+    )
+
+
+def random_problem(seed: int, length: int = 7) -> RecomputeProblem:
+    """A forward graph with skips, sizes and times at random; some calls cannot be repeated."""
+    random = Random(seed)
+    sizes = [random.randint(1, 9) * 64 for _ in range(2 * length)]
+    forward = []
+    for i in range(length):
+        reads = tuple(sorted(random.sample(range(i), min(i, random.randint(1, 2)))))
+        time = random.randint(1, 9) / 10
+        again = Again(reads, (i,), time) if random.random() < 0.9 else None
+        forward.append(Call(f"f{i}", reads, (i,), time, random.choice([0, 64]), again=again))
+    backward = []
+    for place, i in enumerate(reversed(range(length))):
+        own = [i] if random.random() < 0.8 else []
+        reads = (*own, *forward[i].reads, *([length + place - 1] if place else []))
+        backward.append(Call(f"b{i}", tuple(dict.fromkeys(reads)), (length + place,), 1.0))
+    results = frozenset([2 * length - 1])
+    return RecomputeProblem(tuple(sizes), tuple(forward), tuple(backward), results=results)
+
+
+@pytest.mark.parametrize(("length", "budget", "seconds"), [(14, 7, 50), (20, 10, 71), (26, 13, 92)])
+def test_chains_reach_the_published_optimum(length: int, budget: int, seconds: float) -> None:
+    # Checkmate's optimum on unit chains at half the memory; see Jain et al., MLSys 2020.
+    problem = chain(length)
+    found = plan(problem, budget, solver="greedy")
+    assert problem.seconds + found.figures.repeated_seconds == seconds
+    assert found.figures.peak <= budget
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_smaller_budgets_give_no_larger_peaks_and_bounds_hold(seed: int) -> None:
+    problem = random_problem(seed)
+    plain = plan(problem, 1 << 40, solver="greedy")
+    assert plain.figures.repeated_seconds == 0
+    assert plain.saved == problem.keep_all
+    peaks = []
+    for budget in range(plain.least_peak, plain.figures.peak + 1, 64):
+        found = plan(problem, budget, solver="greedy")
+        again = replay(problem, found.saved, found.items)
+        assert again == found.figures
+        assert again.peak <= budget
+        assert found.seconds_bound <= again.repeated_seconds
+        peaks.append(again.peak)
+    assert peaks == sorted(peaks)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_bounds_are_below_every_choice(seed: int) -> None:
+    problem = random_problem(seed)
+    fixed = must_keep(problem)
+    free = sorted(sources(problem) - fixed)
+    low, _ = least_peak(problem)
+    plain = draft(problem, problem.keep_all)
+    for count in range(len(free) + 1):
+        for kept in combinations(free, count):
+            one = draft(problem, closed(problem, fixed | set(kept))).figures
+            assert one.peak >= low
+            bound = least_seconds(problem, plain.figures.live, one.peak)
+            assert bound <= one.repeated_seconds + 1e-9
+
+
+def test_the_program_is_never_worse_than_greedy_steps() -> None:
+    problem = random_problem(3, length=10)
+    plain = plan(problem, 1 << 40, solver="greedy")
+    budget = (plain.least_peak + plain.figures.peak) // 2
+    greedy = plan(problem, budget, solver="greedy")
+    both = plan(problem, budget, seconds=2.0)
+    assert both.figures.peak <= budget
+    assert both.figures.repeated_seconds <= greedy.figures.repeated_seconds
+
+
+def test_a_budget_below_the_least_peak_names_what_binds() -> None:
+    with pytest.raises(BudgetNotMet, match="no plan needs less than 4, at 'b") as caught:
+        plan(chain(6), 3, solver="greedy")
+    assert caught.value.code == "memory-budget-too-small"
+    assert caught.value.exit_code == 1
+    assert "give at least 4 bytes" in str(caught.value.hint)
+
+
+def test_replay_refuses_orders_that_do_not_work() -> None:
+    problem = chain(3)
+    items = [Item(i) for i in range(3)]
+    with pytest.raises(InternalError, match="reads storage 1, which is gone"):
+        replay(problem, {2}, items)
+    with pytest.raises(InternalError, match="does not run backward in order"):
+        replay(problem, {0, 1, 2}, items[:2])
+
+
+def test_replay_counts_a_value_from_its_making_to_its_last_use() -> None:
+    problem = chain(3)
+    everything = replay(problem, {0, 1, 2}, [Item(i) for i in range(3)])
+    # Backward of the last step: three values and its gradient.
+    assert everything.live == (1, 2, 3, 4, 4, 3)
+    again = (Item(0, repeat=True), Item(1, repeat=True), Item(2, repeat=True))
+    nothing = replay(problem, (), [*again, *(Item(i) for i in range(3))])
+    assert nothing.repeated_seconds == 3.0
+    assert nothing.forward_peak == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("2GiB", 2**31), ("1.5 MB", 1_500_000), (4096, 4096), ("35%", 0.35)]
+)
+def test_budgets_are_bytes_or_shares(text: str | int, value: float) -> None:
+    assert parse_bytes(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "2 GiBs", "-1", "much", 0, "0%", 0.5])
+def test_what_is_no_budget_says_so(text: str | float) -> None:
+    with pytest.raises(InputError, match="memory_budget is"):
+        parse_bytes(text)
