@@ -10,7 +10,7 @@ from mopt.calibration import Calibration
 from mopt.errors import InputError, LimitError, PassError, UsageError
 from mopt.formats.int_blocks import IntBlocks
 from mopt.pass_base import PassContext
-from mopt.passes.quantize._calibrated import grid_for
+from mopt.passes.quantize._calibrated import Moments, aimed, grid_for
 from mopt.passes.quantize._gptq import output_error, round_with_feedback
 from mopt.pipeline import Pipeline
 from mopt.program import Program
@@ -144,6 +144,32 @@ def test_the_output_is_closer_than_with_rounding_to_nearest() -> None:
         result = run_with(program, data, (name, options))
         error[name] = float((result.run(fresh) - wanted).square().mean())
     assert error["quantize-gptq"] < 0.7 * error["quantize-weights"]
+
+
+def test_aiming_at_the_original_is_the_least_squares_solution() -> None:
+    x, weight = correlated(400, 48), normal(8, 48)
+    y = x + 0.1 * normal(400, 48, seed=3) @ normal(48, 48, seed=4) / 7
+    moments = Moments(y.t() @ y / 400, (x - y).t() @ y / 400)
+    found = aimed(weight, moments, damping=0)
+    best = torch.linalg.lstsq(y.double(), (x @ weight.t()).double()).solution.t()
+    assert torch.allclose(found.double(), best, rtol=1e-3, atol=1e-3)
+    assert aimed(weight, Moments(moments.second)) is weight
+    none = Moments(moments.second, torch.zeros(48, 48))
+    assert torch.allclose(aimed(weight, none), weight)
+
+
+def test_a_layer_makes_up_for_the_rounding_of_the_layer_before_it() -> None:
+    layers = nn.Sequential(nn.Linear(64, 64, bias=False), nn.ReLU(), nn.Linear(64, 32, bias=False))
+    program = sample(layers, correlated(2, 64), dynamic=True).capture()
+    data = [correlated(200, 64, seed=s) for s in range(3)]
+    fresh = correlated(500, 64, seed=9)
+    wanted = program.run(fresh)
+    error = {}
+    for aim in ("layer", "original"):
+        options = {"bits": 3, "activations": "float", "aim": aim, **SMALL}
+        result = run_with(program, data, ("quantize-gptq", options))
+        error[aim] = float((result.run(fresh) - wanted).square().mean())
+    assert error["original"] < 0.95 * error["layer"]
 
 
 def test_layers_are_calibrated_behind_rounded_layers() -> None:
