@@ -71,7 +71,7 @@ def read_config(path: str | Path) -> GateConfig:
     """Read the file. Raises InputError with file and line, or what reading TOML does."""
     if not Path(path).is_file():
         raise InputError(
-            f"no file {str(path)!r}", code="no-gate-config", hint="docs/ci.md shows one"
+            f"no file {str(path)!r}", code="no-gate-config", hint="mopt init writes one"
         )
     document = read_toml(path)
     data = document.data
