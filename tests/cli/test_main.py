@@ -202,6 +202,6 @@ def test_common_options_may_stand_before_the_command(mopt: Call) -> None:
 
 
 def test_shells_can_complete_command_names() -> None:
-    variables = {"_MOPT_COMPLETE": "bash_complete", "COMP_WORDS": "mopt in", "COMP_CWORD": "1"}
+    variables = {"_MOPT_COMPLETE": "bash_complete", "COMP_WORDS": "mopt ins", "COMP_CWORD": "1"}
     out, err = start(env={**os.environ, **variables}).communicate()
     assert out.splitlines() == ["plain,inspect"], err
