@@ -7,17 +7,18 @@ from dataclasses import replace
 from os import PathLike
 from typing import Any
 
-from mopt.cost import Cost, LayerRequest, ModelCost, Report, Work, combine
+from mopt.cost import Cost, LayerRequest, ModelCost, Report, Work
 from mopt.cost_models.families import families
 from mopt.cost_models.fit import Predictor
 from mopt.cost_models.roofline import Roofline
+from mopt.cost_models.serial import SerialModel
 from mopt.device import DeviceProfile
 
 # An operator whose kernel was never timed: only its kind is known.
 _UNSURE_TRANSFERRED = 0.6
 
 
-class MeasuredModel:
+class MeasuredModel(SerialModel):
     """Times from the calibration that a profile carries.
 
     A family that was not timed gets the roofline's estimate, marked ``transferred``.
@@ -48,27 +49,6 @@ class MeasuredModel:
 
     def prepare(self, requests: Sequence[LayerRequest], report: Report | None = None) -> None:
         """Nothing: all that is known is in the profile."""
-
-    def layer_cost(
-        self,
-        kind: str,
-        shape: Sequence[int],
-        weight_format: str = "fp32",
-        *,
-        rows: int = 1,
-        geometry: Mapping[str, Any] | None = None,
-        sharers: int = 1,
-        isolated: bool = True,
-    ) -> Cost:
-        """See ``mopt.cost.CostModel``."""
-        from mopt.cost_models.layer_work import layer_works
-
-        works = layer_works(
-            kind, shape, weight_format, rows=rows, geometry=geometry, sharers=sharers,
-            isolated=isolated,
-        )  # fmt: skip
-        costs = [self.cost(work) for work in works]
-        return replace(combine(costs), bound=costs[0].bound, processor=costs[0].processor)
 
     def model_cost(
         self,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mopt.cache import Cache, source_hash
-from mopt.cost import Cost, LayerRequest, ModelCost, Report, Work, combine
+from mopt.cost import Cost, LayerRequest, ModelCost, Report, Work
 from mopt.cost_models import probe, probe_child, probe_layers, probe_models, probe_values
 from mopt.cost_models.families import families
 from mopt.cost_models.fit import point_noise
@@ -21,6 +21,7 @@ from mopt.cost_models.measured import MeasuredModel
 from mopt.cost_models.probe import Dims, Probe, plan_copies, run_probes
 from mopt.cost_models.roofline import Roofline
 from mopt.cost_models.runtime import session_settings
+from mopt.cost_models.serial import SerialModel
 from mopt.device_calibration import CallOverhead
 from mopt.errors import MoptError, UsageError
 from mopt.machine import machine_fingerprint
@@ -47,7 +48,7 @@ class _Time:
     error: float
 
 
-class TimedModel:
+class TimedModel(SerialModel):
     """Timings where there are any, what ``base`` says otherwise.
 
     ``cache`` keeps timings that nothing disturbed, None keeps none; ``threads`` is what models run
@@ -101,27 +102,6 @@ class TimedModel:
                 if error.code != "no-kernel":
                     raise
         self._time(works, report)
-
-    def layer_cost(
-        self,
-        kind: str,
-        shape: Sequence[int],
-        weight_format: str = "fp32",
-        *,
-        rows: int = 1,
-        geometry: Mapping[str, Any] | None = None,
-        sharers: int = 1,
-        isolated: bool = True,
-    ) -> Cost:
-        """See ``mopt.cost.CostModel``."""
-        from mopt.cost_models.layer_work import layer_works
-
-        works = layer_works(
-            kind, shape, weight_format, rows=rows, geometry=geometry, sharers=sharers,
-            isolated=isolated,
-        )  # fmt: skip
-        costs = [self.cost(work) for work in works]
-        return replace(combine(costs), bound=costs[0].bound, processor=costs[0].processor)
 
     def model_cost(
         self,

@@ -112,11 +112,8 @@ def returned_nodes(program: Program) -> set[fx.Node]:
     return memory_behind(source for node in outputs for source in node.all_input_nodes)
 
 
-def written_nodes(program: Program) -> set[fx.Node]:
-    """The nodes whose memory some call of the graph may write to, directly or through a view."""
-    writers = [node for node in program.graph.nodes if _writes(node)]
-    if not writers:
-        return set()
+def memory_roots(program: Program) -> dict[fx.Node, fx.Node]:
+    """For every node one that stands for all memory it may share, directly or through others."""
     parent: dict[fx.Node, fx.Node] = {node: node for node in program.graph.nodes}
 
     def root(node: fx.Node) -> fx.Node:
@@ -132,11 +129,21 @@ def written_nodes(program: Program) -> set[fx.Node]:
         if node.op == "get_attr" and isinstance(node.meta.get("val"), Tensor):
             first = by_storage.setdefault(program.weight(node).untyped_storage()._cdata, node)
             parent[root(node)] = root(first)
-    spoiled = {root(target) for node in writers for target in _written_by(node)}
-    return {node for node in program.graph.nodes if root(node) in spoiled}
+    return {node: root(node) for node in program.graph.nodes}
 
 
-def _writes(node: fx.Node) -> bool:
+def written_nodes(program: Program) -> set[fx.Node]:
+    """The nodes whose memory some call of the graph may write to, directly or through a view."""
+    writers = [node for node in program.graph.nodes if may_write(node)]
+    if not writers:
+        return set()
+    root = memory_roots(program)
+    spoiled = {root[target] for node in writers for target in _written_by(node)}
+    return {node for node in program.graph.nodes if root[node] in spoiled}
+
+
+def may_write(node: fx.Node) -> bool:
+    """Whether a call may write to memory of its arguments, by its schema or for want of one."""
     if node.op in ("call_module", "call_method"):
         return True
     if isinstance(node.target, torch._ops.OpOverload):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from mopt.effects import is_pure, may_alias
+from mopt.effects import is_pure, may_write, memory_roots
 from mopt.passes.schedule._order_problem import OrderProblem
 from mopt.program import Program
 from mopt.storages import CallFacts, Origin, StorageTrace
@@ -105,36 +105,14 @@ def _reach(program: Program, index: Mapping[fx.Node, int]) -> dict[fx.Node, froz
 def _written_groups(program: Program) -> dict[fx.Node, int]:
     """The nodes whose memory some call may write to, at any input sizes, with a number of the
     memory they may share."""
-    parent: dict[fx.Node, fx.Node] = {node: node for node in program.graph.nodes}
-
-    def root(node: fx.Node) -> fx.Node:
-        while parent[node] is not node:
-            parent[node] = parent[parent[node]]
-            node = parent[node]
-        return node
-
-    weights: dict[int, fx.Node] = {}
-    for node in program.graph.nodes:
-        for source in may_alias(node):
-            parent[root(node)] = root(source)
-        if node.op == "get_attr" and isinstance(node.meta.get("val"), torch.Tensor):
-            key = program.weight(node).untyped_storage()._cdata
-            parent[root(node)] = root(weights.setdefault(key, node))
+    root = memory_roots(program)
     groups = {
-        root(target): number
+        root[target]: number
         for number, node in enumerate(program.graph.nodes)
-        if _may_write(node)
+        if may_write(node)
         for target in node.all_input_nodes
     }
-    return {n: groups[root(n)] for n in program.graph.nodes if root(n) in groups}
-
-
-def _may_write(node: fx.Node) -> bool:
-    if node.op in ("call_module", "call_method"):
-        return True
-    if isinstance(node.target, torch._ops.OpOverload):
-        return bool(node.target._schema.is_mutable)
-    return isinstance(node.target, torch._ops.HigherOrderOperator)
+    return {n: groups[root[n]] for n in program.graph.nodes if root[n] in groups}
 
 
 def _effect_edges(
@@ -149,7 +127,7 @@ def _effect_edges(
         for group in groups:
             if group in writer:
                 yield writer[group], v
-            if _may_write(node):
+            if may_write(node):
                 yield from ((u, v) for u in readers.pop(group, ()))
                 writer[group] = v
             else:

@@ -32,6 +32,7 @@ from mopt.passes.schedule._tables import (
     LOW2,
     LOW_OF,
     NEAR,
+    PENDING,
     PLACED,
     RANK,
     REACH,
@@ -42,7 +43,6 @@ from mopt.passes.schedule._tables import (
     SOFT,
     SPAN,
     STALE,
-    TODO,
     TOUCH,
     WALL,
 )
@@ -225,7 +225,7 @@ def _choose(s: _State, capacity: int, lean: float, a: int, b: int) -> int:
     best = _NONE
     best_score = 0.0
     for t in range(a, b):
-        if s.section[t, TODO] == 0:
+        if s.section[t, PENDING] == 0:
             continue
         if s.section[t, STALE]:
             _refresh(s, t)
@@ -264,7 +264,7 @@ def _place(s: _State, i: int) -> bool:
     for x in range(s.item[i, SPAN], s.item[i + 1, SPAN]):
         row = s.section[s.span[x]]
         row[REST] -= size
-        row[TODO] -= 1
+        row[PENDING] -= 1
         row[COUNT] -= 1
         row[DIRTY] = 1
         row[STALE] = 1
@@ -325,7 +325,7 @@ def _undo(s: _State, to: int) -> None:
             for x in range(s.item[i, SPAN], s.item[i + 1, SPAN]):
                 row = s.section[s.span[x]]
                 row[REST] += s.item[i, SIZE]
-                row[TODO] += 1
+                row[PENDING] += 1
                 s.live[row[LIVE] + row[COUNT]] = i
                 row[COUNT] += 1
         s.section[s.item[i, FIRST], TOUCH] += 1
@@ -352,7 +352,7 @@ def _start(s: _State, live_at: Ints) -> bool:
         row[DIRTY] = row[STALE] = 1
         for x in range(live_at[t], live_at[t + 1]):
             row[REST] += s.item[s.live[x], SIZE]
-            row[TODO] += 1 - s.item[s.live[x], FIXED]
+            row[PENDING] += 1 - s.item[s.live[x], FIXED]
     return fits
 
 
@@ -362,14 +362,14 @@ def _split(s: _State, capacity: int, a: int, b: int, parts: Ints) -> int:
     found = _ZERO
     t = a
     while t < b:
-        if s.section[t, TODO] == 0:
+        if s.section[t, PENDING] == 0:
             t += 1
             continue
         start = t
         end = t + 1
         slack = _FAR
         while t < end:
-            if s.section[t, TODO]:
+            if s.section[t, PENDING]:
                 if s.section[t, STALE]:
                     _refresh(s, t)
                 end = max(end, s.section[t, REACH])

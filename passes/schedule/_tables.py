@@ -23,7 +23,7 @@ _ITEM_COLUMNS = 14
 
 # Columns of a section: its list of live items, how many are left in it, how many of them may move,
 # what they weigh; whether it must be checked again, whether the columns from LOW on are stale.
-LIVE, COUNT, TODO, REST, DIRTY, STALE, TOUCH = map(np.int64, range(7))
+LIVE, COUNT, PENDING, REST, DIRTY, STALE, TOUCH = map(np.int64, range(7))
 # Of its movable unplaced items: least bound and next, least end and next with the items they
 # belong to, the item to place first, and where the last of them ends.
 LOW, LOW_OF, LOW2, END, END_OF, END2, BEST, REACH = map(np.int64, range(7, 15))
