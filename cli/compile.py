@@ -36,6 +36,7 @@ from mopt.model_source import (
     load_source,
     parse_source,
 )
+from mopt.quantity import read_bytes
 from mopt.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -163,13 +164,12 @@ def _bytes(text: str | None) -> int | None:
     """A size as budgets write it, in bytes."""
     if text is None:
         return None
-    found = Budget.parse(f"memory<={text}").get("memory")
-    assert found is not None
-    if found.relative:
+    found = read_bytes(text)
+    if not found:
         raise UsageError(
             f"--max-memory is {text!r}, expected a size", code="bad-option", hint="for example 2GiB"
         )
-    return int(found.value)
+    return found
 
 
 def _print_recipe(out: Output, recipe: Recipe) -> None:

@@ -14,7 +14,6 @@ Examples:
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,14 +22,11 @@ from mopt.cli._command import Command, option
 from mopt.cli._output import Column, Output
 from mopt.cli._text import memory_size, plural, seconds
 from mopt.errors import BudgetNotMet
+from mopt.quantity import read_bytes
 
 if TYPE_CHECKING:
     from mopt.memory import MemoryPlan, MemoryProblem
 
-_UNITS = {
-    "": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9,
-    "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
-}  # fmt: skip
 # Buffers named in a message.
 _SHOWN = 6
 
@@ -44,12 +40,10 @@ class _Bytes(click.ParamType):
         """The whole number, or a usage error."""
         if isinstance(value, int):
             return value
-        match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?([A-Za-z]*)", value.strip())
-        if match is None or match[2] not in _UNITS:
+        found = read_bytes(value)
+        if found is None:
             self.fail(f"{value!r} is no number of bytes such as 65536, 64KiB or 1.5MB", param, ctx)
-        if "." in match[1]:
-            return int(float(match[1]) * _UNITS[match[2]])
-        return int(match[1]) * _UNITS[match[2]]
+        return found
 
 
 @click.command(cls=Command, help=__doc__)

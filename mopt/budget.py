@@ -12,12 +12,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mopt.errors import UsageError, quote, unknown_name
+from mopt.quantity import BYTES
 
 _UNITS: dict[str, dict[str, float]] = {
-    "size": {"B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9,
-             "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
-    "memory": {"B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9,
-               "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
+    "size": BYTES,
+    "memory": BYTES,
     "latency": {"us": 1e-3, "ms": 1.0, "s": 1e3},
     "energy": {"uJ": 1e-3, "mJ": 1.0, "J": 1e3},
     "quality": {},

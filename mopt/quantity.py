@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 _PREFIXES = {"f": 1e-15, "p": 1e-12, "n": 1e-9, "u": 1e-6, "m": 1e-3, "": 1.0,
@@ -26,6 +27,18 @@ UNITS: dict[str, dict[str, float]] = {
     "count": {"1": 1.0},
     "ratio": {"1": 1.0, "%": 0.01},
 }
+BYTES = UNITS["bytes"] | {"KB": 1e3}  # KB is no SI unit, but many people write it
+
+
+def read_bytes(text: str) -> int | None:
+    """Bytes from ``65536``, ``64KiB`` or ``1.5 MB``, rounded down; None for anything else."""
+    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?([A-Za-z]*)", text.strip())
+    if match is None or (match[2] or "B") not in BYTES:
+        return None
+    unit = int(BYTES[match[2] or "B"])
+    return int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
+
+
 # What no device has: a value outside is a slip of the pen, such as GB/s for MB/s.
 PLAUSIBLE: dict[str, tuple[float, float]] = {
     "rate": (1e5, 1e19),

@@ -7,6 +7,7 @@ plan: it runs the plan's order and adds up what is alive. Solvers live in
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -14,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from mopt.errors import InputError, InternalError
+from mopt.quantity import read_bytes
 
 
 @dataclass(frozen=True)
@@ -280,18 +282,13 @@ def parse_bytes(text: str | int | float, what: str = "memory_budget") -> int | f
 
     Raises InputError (``memory-budget``) for anything else.
     """
-    units = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-             "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}  # fmt: skip
     if isinstance(text, int) and not isinstance(text, bool) and text > 0:
         return text
     if isinstance(text, str):
-        number = text.strip().rstrip("%kKMGTiB ")
-        unit = text.strip()[len(number) :].strip()
-        if number.replace(".", "", 1).isdecimal() and float(number) > 0:
-            if unit == "%":
-                return float(number) / 100
-            if unit in units:
-                return int(float(number) * units[unit])
+        share = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?%", text.strip())
+        amount = float(share[1]) / 100 if share else read_bytes(text)
+        if amount:
+            return amount
     raise InputError(
         f"{what} is {text!r}",
         code="memory-budget",
