@@ -161,13 +161,15 @@ def _recipe(name: str, settings: tuple[str, ...]) -> Recipe:
 
 
 def _bytes(text: str | None) -> int | None:
-    """A size as budgets write it, in bytes."""
+    """A size as budgets write it, with its unit, in bytes."""
     if text is None:
         return None
     found = read_bytes(text)
-    if not found:
+    if not found or not text.strip()[-1].isalpha():
         raise UsageError(
-            f"--max-memory is {text!r}, expected a size", code="bad-option", hint="for example 2GiB"
+            f"--max-memory is {text!r}, expected a size with its unit",
+            code="bad-option",
+            hint="for example 2GiB",
         )
     return found
 

@@ -14,7 +14,7 @@ def test_more_activations_than_allowed_end_the_compile(mopt: Call, net: str) -> 
 
 
 def test_a_size_is_asked_for(mopt: Call) -> None:
-    for given in ("1x", "1", "much"):
+    for given in ("1x", "1", "0MB", "much", ""):
         result = mopt("compile", "zoo:digits-cnn", "--max-memory", given)
         assert result.code == 2
         assert "memory" in result.err
