@@ -1,0 +1,1 @@
+"""The Triton backend: compressed layers as GPU kernels."""

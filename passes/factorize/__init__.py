@@ -1,0 +1,1 @@
+"""Passes that replace a weight by a product of smaller ones."""
