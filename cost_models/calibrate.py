@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from mopt.cost_models.families import Family, families
+from mopt.cost_models.families import families
+from mopt.cost_models.family import Family
 from mopt.cost_models.fit import fit_family, point_noise
 from mopt.cost_models.host import class_profile
 from mopt.cost_models.probe import ProbeRun, Sample, plan_probes, run_probes

@@ -17,68 +17,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 
-Dims = tuple[int, ...]
-# Bytes of a float.
-_F = 4
-
-
-@dataclass(frozen=True)
-class Amount:
-    """Operations, bytes of weights, inputs and outputs, each moved once, and pieces.
-
-    Pieces are what else costs time once each: the rows of a norm, the scores of an attention, the
-    blocks of a weight, the steps of a recurrence.
-    """
-
-    flops: float
-    weight_bytes: float
-    input_bytes: float
-    output_bytes: float
-    pieces: float = 0.0
-
-    @property
-    def activation_bytes(self) -> float:
-        """Inputs and outputs."""
-        return self.input_bytes + self.output_bytes
-
-
-@dataclass(frozen=True)
-class Family:
-    """A family: how much work its sizes are, its features, and the range that is probed.
-
-    ``box`` has the least and largest value of each number that a probe is drawn from; ``draw``
-    turns numbers drawn there into sizes. ``share`` is its part of the probes.
-    """
-
-    name: str
-    kind: str
-    amount: Callable[[Dims], Amount]
-    features: Callable[[Dims], tuple[float, ...]]
-    box: tuple[tuple[float, float], ...]
-    draw: Callable[[tuple[float, ...]], Dims]
-    share: float
-    weight_format: str = "fp32"
-
-
-def _log(value: float) -> float:
-    return math.log2(max(value, 1e-9))
-
-
-def _round(value: float, multiple: int) -> int:
-    return max(multiple, round(value / multiple) * multiple)
-
-
-def _up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
-def _nice(value: float) -> int:
-    """A size as models have them: a multiple of 8, of 64 when large."""
-    return _round(value, 64 if value > 400 else 8)
-
+from mopt.cost_models.convolutions import (
+    convolution_amount,
+    convolution_features,
+    draw_convolution,
+    draw_depthwise,
+    draw_plain,
+    draw_transposed,
+)
+from mopt.cost_models.family import FLOAT_BYTES, Amount, Dims, Family, log, near, nice, up
 
 # ---- linear
 
@@ -91,10 +40,10 @@ def _linear_amount(
         blocks = math.ceil(inputs / dims[3]) if len(dims) > 3 else 0
         return Amount(
             # Kernels compute whole tiles.
-            2.0 * _up(rows, tile_rows) * _up(outputs, 16) * inputs,
-            weight_bytes * outputs * inputs + _F * outputs * blocks,
+            2.0 * up(rows, tile_rows) * up(outputs, 16) * inputs,
+            weight_bytes * outputs * inputs + FLOAT_BYTES * outputs * blocks,
             input_bytes * rows * inputs,
-            _F * rows * outputs,
+            FLOAT_BYTES * rows * outputs,
             float(rows * outputs * blocks),
         )
 
@@ -103,8 +52,8 @@ def _linear_amount(
 
 def _linear_features(dims: Dims) -> tuple[float, ...]:
     # A single row takes another kernel: a step of two octaves keeps it apart.
-    rows = _log(dims[0]) if dims[0] > 1 else -2.0
-    rest = (_log(dims[1]), _log(dims[2]), *(_log(d) for d in dims[3:]))
+    rows = log(dims[0]) if dims[0] > 1 else -2.0
+    rest = (log(dims[1]), log(dims[2]), *(log(d) for d in dims[3:]))
     return (rows, *rest)
 
 
@@ -115,7 +64,7 @@ def _draw_linear(values: tuple[float, ...]) -> Dims:
     most = 2**28 / (count * 2.0**outputs * 2.0**inputs)
     if most < 1:  # some milliseconds on a core: larger ones tell no more
         count = max(1, int(count * most))
-    sizes = (count, _nice(2**outputs), _nice(2**inputs))
+    sizes = (count, nice(2**outputs), nice(2**inputs))
     return (*sizes, 2 ** round(values[3])) if len(values) > 3 else sizes
 
 
@@ -124,7 +73,7 @@ _LINEAR_BOX = ((-4.0, 10.5), (5.0, 12.3), (5.0, 12.3))
 
 def _linear(
     name: str, share: float, weight_bytes: float, fmt: str, *, blocks: bool = False,
-    codes: int = _F, tile: int = 1,
+    codes: int = FLOAT_BYTES, tile: int = 1,
 ) -> Family:  # fmt: skip
     box = (*_LINEAR_BOX, (4.0, 7.0)) if blocks else _LINEAR_BOX
     amount = _linear_amount(weight_bytes, codes, tile)
@@ -138,9 +87,9 @@ def _matmul_amount(dims: Dims) -> Amount:
     batches, rows, columns, inner = dims
     return Amount(
         2.0 * batches * rows * columns * inner,
-        _F * batches * inner * columns,
-        _F * batches * rows * inner,
-        _F * batches * rows * columns,
+        FLOAT_BYTES * batches * inner * columns,
+        FLOAT_BYTES * batches * rows * inner,
+        FLOAT_BYTES * batches * rows * columns,
         batches,
     )
 
@@ -148,12 +97,12 @@ def _matmul_amount(dims: Dims) -> Amount:
 def _draw_matmul(values: tuple[float, ...]) -> Dims:
     batches, rows, columns, inner = (2**v for v in values)
     most = min(1.0, 2**28 / (batches * rows * columns * inner))
-    return max(1, round(batches * most)), round(rows), _round(columns, 4), _round(inner, 8)
+    return max(1, round(batches * most)), round(rows), near(columns, 4), near(inner, 8)
 
 
 def _attention_amount(dims: Dims) -> Amount:
     batch, heads, queries, keys, width = dims
-    values = _F * batch * heads * width
+    values = FLOAT_BYTES * batch * heads * width
     scores = batch * heads * queries * keys
     return Amount(
         4.0 * scores * width, values * 2 * keys, values * queries, values * queries, scores
@@ -162,104 +111,19 @@ def _attention_amount(dims: Dims) -> Amount:
 
 def _attention_features(dims: Dims) -> tuple[float, ...]:
     batch, heads, queries, keys, width = dims
-    return _log(batch * heads), _log(queries), _log(keys), _log(width)
+    return log(batch * heads), log(queries), log(keys), log(width)
 
 
 def _draw_attention(values: tuple[float, ...]) -> Dims:
     batch, heads, queries, keys, width = (2**v for v in values)
     most = min(1.0, 2**27 / (batch * heads * queries * keys * width))
     queries *= most
-    return round(batch), max(1, round(heads)), max(1, round(queries)), round(keys), _round(width, 8)
+    return round(batch), max(1, round(heads)), max(1, round(queries)), round(keys), near(width, 8)
 
 
 def _draw_causal(values: tuple[float, ...]) -> Dims:
     batch, heads, queries, _, width = _draw_attention(values)
     return batch, heads, queries, queries, width
-
-
-# ---- convolution
-
-
-def _places(dims: Dims) -> tuple[int, int, int, int, int, int]:
-    """batch * output places, inputs and outputs per group, groups, kernel values, stride."""
-    batch, inputs, outputs, groups, *rest = dims
-    half = len(rest) // 2
-    stride = rest[2 * half] if len(rest) % 2 else 1
-    places = batch * math.prod(rest[:half])
-    kernel = math.prod(rest[half : 2 * half])
-    return places, inputs // groups, outputs // groups, groups, kernel, stride
-
-
-def _convolution_amount(
-    weight_bytes: float, value_bytes: float, block: int = 1
-) -> Callable[[Dims], Amount]:
-    def amount(dims: Dims) -> Amount:
-        places, inputs, outputs, groups, kernel, stride = _places(dims)
-        read = places * stride**2 * inputs * groups
-        # Blocked kernels fill up their channels; a first layer of few inputs has its own.
-        wide = _up(inputs, block) if inputs >= block else inputs
-        full = outputs if groups > 1 else _up(outputs, block)
-        return Amount(
-            2.0 * places * wide * full * groups * kernel,
-            weight_bytes * inputs * outputs * groups * kernel,
-            value_bytes * read,
-            value_bytes * places * outputs * groups,
-            places * inputs * groups * kernel / 64,
-        )
-
-    return amount
-
-
-def _convolution_features(dims: Dims) -> tuple[float, ...]:
-    places, inputs, outputs, groups, kernel, stride = _places(dims)
-    if groups > 1:
-        return _log(places), _log(inputs * groups), _log(outputs / inputs), _log(kernel), stride - 1
-    return _log(places), _log(inputs), _log(outputs), _log(kernel), 1.0 * (stride - 1)
-
-
-def _sized(values: tuple[float, ...], most_work: float) -> tuple[int, int, int, int]:
-    """inputs, outputs, size, kernel of a convolution of at most some work."""
-    inputs, outputs, size, kernel = values[:4]
-    taps = (1, 3, 3, 5, 7)[min(int(kernel), 4)]
-    a, b = _nice(2**inputs), _nice(2**outputs)
-    side = 2**size
-    work = 2.0 * a * b * taps**2 * side**2
-    if work > most_work:
-        side *= math.sqrt(most_work / work)
-    return a, b, max(2, round(side)), taps
-
-
-def _draw_convolution(values: tuple[float, ...]) -> Dims:
-    inputs, outputs, side, taps = _sized(values, 5e8)
-    if values[0] < 2.5:  # the first layer of a network reads one or three channels
-        inputs = 3
-    stride = 2 if values[4] > 0.7 else 1
-    return 1, inputs, outputs, 1, side, side, taps, taps, stride
-
-
-def _draw_depthwise(values: tuple[float, ...]) -> Dims:
-    channels = _nice(2 ** values[0])
-    side = max(2, round(min(2 ** values[1], math.sqrt(2**22 / channels))))
-    taps = (3, 3, 5, 7)[min(int(values[2]), 3)]
-    stride = 2 if values[3] > 0.6 else 1
-    return 1, channels, channels, channels, side, side, taps, taps, stride
-
-
-def _draw_plain(values: tuple[float, ...]) -> Dims:
-    inputs, outputs, size, kernel, kind = values
-    a, b = _nice(2**inputs), _nice(2**outputs)
-    if kind < 0.5:
-        length = round(min(2 ** (2 * size), 4e8 / (2 * a * b * 3)))
-        return 1, a, b, 1, max(8, length), (1, 3, 5)[int(kernel)]
-    side = max(4, round(min(2**size, (4e8 / (2 * a * b * 27)) ** (1 / 3))))
-    taps = (1, 3, 3)[int(kernel)]
-    return 1, a, b, 1, side, side, side, taps, taps, taps
-
-
-def _draw_transposed(values: tuple[float, ...]) -> Dims:
-    inputs, outputs, side, _ = _sized((*values, 0.0), 4e8)
-    side = _round(side, 2)
-    return 1, inputs, outputs, 1, side, side, 2, 2, 2
 
 
 # ---- rows, values
@@ -269,7 +133,7 @@ def _rows_amount(flops: float, passes: float) -> Callable[[Dims], Amount]:
     def amount(dims: Dims) -> Amount:
         values = float(math.prod(dims))
         return Amount(
-            flops * values, 0.0, _F * max(passes - 1, 0) * values, _F * values,
+            flops * values, 0.0, FLOAT_BYTES * max(passes - 1, 0) * values, FLOAT_BYTES * values,
             dims[0] if len(dims) > 1 else 0.0,
         )  # fmt: skip
 
@@ -277,21 +141,21 @@ def _rows_amount(flops: float, passes: float) -> Callable[[Dims], Amount]:
 
 
 def _rows_features(dims: Dims) -> tuple[float, ...]:
-    return _log(dims[0]), _log(math.prod(dims[1:]))
+    return log(dims[0]), log(math.prod(dims[1:]))
 
 
 def _values_features(dims: Dims) -> tuple[float, ...]:
-    return (_log(math.prod(dims)),)
+    return (log(math.prod(dims)),)
 
 
 def _draw_rows(values: tuple[float, ...]) -> Dims:
-    rows, width = 2 ** values[0], _nice(2 ** values[1])
+    rows, width = 2 ** values[0], nice(2 ** values[1])
     return max(1, round(min(rows, 2**20.5 / width))), width
 
 
 def _draw_values(values: tuple[float, ...]) -> Dims:
     count = 2 ** values[0]
-    width = min(512, _nice(count))
+    width = min(512, nice(count))
     return max(1, round(count / width)), width
 
 
@@ -312,18 +176,20 @@ def _rows(name: str, kind: str, flops: float, passes: float, share: float = 1.0)
 def _pool_amount(dims: Dims) -> Amount:
     channels, size, kernel, stride = dims
     values = float(channels * size * size)
-    return Amount(values * kernel**2, 0.0, _F * values * stride**2, _F * values, channels)
+    return Amount(
+        values * kernel**2, 0.0, FLOAT_BYTES * values * stride**2, FLOAT_BYTES * values, channels
+    )
 
 
 def _draw_pool(values: tuple[float, ...]) -> Dims:
-    channels, size = _round(2 ** values[0], 16), round(2 ** values[1])
+    channels, size = near(2 ** values[0], 16), round(2 ** values[1])
     return channels, size, (2, 3)[int(values[2])], 1
 
 
 def _resize_amount(dims: Dims) -> Amount:
     channels, size = dims
     values = float(channels * size**2)
-    return Amount(0.0, 0.0, values, _F * values)
+    return Amount(0.0, 0.0, values, FLOAT_BYTES * values)
 
 
 def _recurrent_amount(gates: int) -> Callable[[Dims], Amount]:
@@ -334,9 +200,9 @@ def _recurrent_amount(gates: int) -> Callable[[Dims], Amount]:
         again = directions * gates * hidden * hidden * (steps - 1)
         return Amount(
             2 * steps * batch * weights,
-            _F * (weights + again),
-            _F * steps * batch * inputs,
-            _F * steps * batch * directions * hidden,
+            FLOAT_BYTES * (weights + again),
+            FLOAT_BYTES * steps * batch * inputs,
+            FLOAT_BYTES * steps * batch * directions * hidden,
             steps * directions,
         )
 
@@ -345,11 +211,11 @@ def _recurrent_amount(gates: int) -> Callable[[Dims], Amount]:
 
 def _draw_recurrent(values: tuple[float, ...]) -> Dims:
     steps, batch, inputs, hidden, directions = (2**v for v in values)
-    return round(steps), round(batch), _nice(inputs), _nice(hidden), 2 if directions > 1.4 else 1
+    return round(steps), round(batch), nice(inputs), nice(hidden), 2 if directions > 1.4 else 1
 
 
 def _logs(dims: Dims) -> tuple[float, ...]:
-    return tuple(_log(d) for d in dims)
+    return tuple(log(d) for d in dims)
 
 
 def _recurrent(name: str, gates: int, share: float) -> Family:
@@ -380,29 +246,29 @@ _FAMILIES = (
         ((0.0, 2.0), (0.0, 4.0), (2.0, 9.5), (3.0, 9.5), (4.0, 7.0)), _draw_causal, 4,
     ),
     Family(
-        "convolution.fp32", "convolution", _convolution_amount(4, 4, 16), _convolution_features,
-        _CONV_BOX, _draw_convolution, 9,
+        "convolution.fp32", "convolution", convolution_amount(4, 4, 16), convolution_features,
+        _CONV_BOX, draw_convolution, 9,
     ),
     Family(
-        "convolution.depthwise", "convolution", _convolution_amount(4, 4), _convolution_features,
-        ((4.0, 10.0), (2.0, 7.0), (0.0, 3.99), (0.0, 1.0)), _draw_depthwise, 3,
+        "convolution.depthwise", "convolution", convolution_amount(4, 4), convolution_features,
+        ((4.0, 10.0), (2.0, 7.0), (0.0, 3.99), (0.0, 1.0)), draw_depthwise, 3,
     ),
     Family(
-        "convolution.int8", "convolution", _convolution_amount(1, 1, 16), _convolution_features,
-        _CONV_BOX, _draw_convolution, 7, "int8-qdq",
+        "convolution.int8", "convolution", convolution_amount(1, 1, 16), convolution_features,
+        _CONV_BOX, draw_convolution, 7, "int8-qdq",
     ),
     Family(
-        "convolution.int8-depthwise", "convolution", _convolution_amount(1, 1),
-        _convolution_features, ((4.0, 10.0), (2.0, 7.0), (0.0, 3.99), (0.0, 1.0)),
-        _draw_depthwise, 2, "int8-qdq",
+        "convolution.int8-depthwise", "convolution", convolution_amount(1, 1),
+        convolution_features, ((4.0, 10.0), (2.0, 7.0), (0.0, 3.99), (0.0, 1.0)),
+        draw_depthwise, 2, "int8-qdq",
     ),
     Family(
-        "convolution.plain", "convolution", _convolution_amount(4, 4), _convolution_features,
-        ((3.0, 8.0), (3.0, 8.0), (2.0, 5.0), (0.0, 2.99), (0.0, 1.0)), _draw_plain, 2,
+        "convolution.plain", "convolution", convolution_amount(4, 4), convolution_features,
+        ((3.0, 8.0), (3.0, 8.0), (2.0, 5.0), (0.0, 2.99), (0.0, 1.0)), draw_plain, 2,
     ),
     Family(
-        "convolution.transposed", "convolution", _convolution_amount(4, 4), _convolution_features,
-        ((3.0, 8.0), (3.0, 8.0), (2.0, 6.0)), _draw_transposed, 1.5,
+        "convolution.transposed", "convolution", convolution_amount(4, 4), convolution_features,
+        ((3.0, 8.0), (3.0, 8.0), (2.0, 6.0)), draw_transposed, 1.5,
     ),
     _recurrent("recurrent.lstm", 4, 2),
     _recurrent("recurrent.gru", 3, 1),
@@ -437,11 +303,11 @@ _FAMILIES = (
     Family(
         "move.transpose", "move", _rows_amount(0, 2), _logs,
         ((3.0, 9.0), (0.0, 4.0), (4.0, 7.0)),
-        lambda v: (round(2 ** v[0]), max(1, round(2 ** v[1])), _nice(2 ** v[2])), 1,
+        lambda v: (round(2 ** v[0]), max(1, round(2 ** v[1])), nice(2 ** v[2])), 1,
     ),
     Family(
         "move.resize", "move", _resize_amount, _logs, ((3.0, 8.0), (2.0, 6.5)),
-        lambda v: (_nice(2 ** v[0]), _round(2 ** v[1], 2)), 0.6,
+        lambda v: (nice(2 ** v[0]), near(2 ** v[1], 2)), 0.6,
     ),
     Family(
         "pool.max", "pool", _pool_amount, _logs,

@@ -14,7 +14,7 @@ from dataclasses import astuple, replace
 
 import numpy as np
 
-from mopt.cost_models.families import Dims, Family
+from mopt.cost_models.family import Dims, Family
 from mopt.device_calibration import FamilyFit, Point, Rates
 
 # By logarithm, in the order of ``Rates``: how far each may stray from what the class of processor

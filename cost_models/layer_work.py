@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mopt.cost import Work
-from mopt.cost_models.families import Dims, families
+from mopt.cost_models.families import families
+from mopt.cost_models.family import Dims
 from mopt.errors import UsageError, quote
 
 _FLOAT = 4

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from mopt.cost_models.executed import ExecutedNode, Shape
-from mopt.cost_models.families import Dims
+from mopt.cost_models.family import Dims
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from mopt.children import run_child
 from mopt.cost import Work
-from mopt.cost_models.families import Family, families
+from mopt.cost_models.families import families
+from mopt.cost_models.family import Family
 from mopt.cost_models.probe_child import LEAST_QUIET
 from mopt.cost_models.roofline import Roofline
 from mopt.device_calibration import CallOverhead
