@@ -140,6 +140,7 @@ class Pass:
 
     layers: str = option("*", help="only layers whose path matches one of these globs (a,b)")
     skip: str = option("", help="leave layers alone whose path matches one of these globs (a,b)")
+    optional: bool = option(False, help="where something it needs is missing, go on without it")
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):

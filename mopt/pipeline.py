@@ -141,6 +141,8 @@ def _run_one(
 
 def _run_part(one: Pass, old: Program, part: Program, ctx: PassContext) -> PassResult:
     reason = one.requires(part, ctx)
+    if reason and one.optional:
+        return PassResult(changed=False, skipped=(Skip(part.path or "model", reason),))
     if reason:
         raise PassError(
             f"{one.pass_name}: {reason}",
