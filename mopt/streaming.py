@@ -83,7 +83,8 @@ class Stream:
         Raises InputError if one of them holds NaN or infinity.
         """
         found = [batch[node] for batch in self._batches]
-        if not all(bool(torch.isfinite(value).all()) for value in found):
+        tensors = [value for value in found if isinstance(value, Tensor)]  # sizes are numbers
+        if not all(bool(torch.isfinite(value).all()) for value in tensors):
             raise InputError(
                 f"the value of node {node.name!r} holds NaN or infinity on calibration data",
                 code="non-finite-activation",
