@@ -132,7 +132,7 @@ def encode_on_data(
     encoded layers before it have changed.
     """
     assert ctx.calibration is not None
-    forms, skipped = _choose(one, program, ctx, kinds, choose)
+    forms, skipped = choose_formats(one, program, kinds, choose)
     if not forms:
         return PassResult(changed=False, stats={"layers": 0}, skipped=skipped)
     stream = Stream(program, ctx.calibration.for_part(program), ctx)
@@ -185,13 +185,16 @@ def grid_for(form: GridFormat, weight: Tensor, moment: Tensor, ranges: str) -> G
     return form.grid(weight, ranges="mse", importance=weigh)
 
 
-def _choose(
+def choose_formats(
     one: Pass,
     program: Program,
-    ctx: PassContext,
     kinds: tuple[str, ...],
     choose: Callable[[Layer, Tensor], GridFormat | str],
 ) -> tuple[dict[Layer, GridFormat], list[Skip]]:
+    """The format of each selected layer of ``kinds``, and why others are left alone.
+
+    Raises InputError for a weight that holds NaN or infinity.
+    """
     forms: dict[Layer, GridFormat] = {}
     skipped: list[Skip] = []
     for layer in find_layers(program):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mopt.errors import UsageError
 from mopt.formats import Encoded, Format, Grid, GridFormat
 from mopt.formats.base import require_finite
 from mopt.formats.level_blocks import LevelBlocks
@@ -74,3 +75,18 @@ def is_small(layer: Layer, min_size: int) -> str | None:
     if size < min_size:
         return f"{size} weights are fewer than min_size {min_size}"
     return None
+
+
+def per_column(per_group: Tensor, columns: int, group: int) -> Tensor:
+    """Values (rows, groups) spread over the columns of their groups, float32."""
+    return per_group.float().repeat_interleave(group, dim=1)[:, :columns]
+
+
+def refuse_slow(owner: str, bits: int, activations: str) -> None:
+    """Raise UsageError for widths that no fast kernel computes with float inputs."""
+    if activations == "float" and bits in (2, 8):
+        raise UsageError(
+            f"{owner}: {bits} bits and activations='float', for which no fast kernel exists",
+            code="no-kernel",
+            hint="use activations='int8', or bits=4",
+        )
