@@ -72,13 +72,18 @@ class _Fold:
 
     def apply(self, program: Program) -> int:
         """Give the layers their new weights and drop the norms; returns how many."""
+        normal = _output_moments(program, self.norms[0])
+        sources = [norm.args[0] for norm in self.norms]
         for norm in self.norms:
             source = norm.args[0]
             assert isinstance(source, fx.Node)
             norm.replace_all_uses_with(source)
             program.graph.erase_node(norm)
         for layers, new in self.groups:
-            store(program, layers, new, "bn")
+            is_before = all(layer.call in sources for layer in layers)
+            for call in store(program, layers, new, "bn"):
+                if is_before and normal is not None:
+                    call.meta["normal_output"] = normal  # what data-free passes use
         return len(self.norms)
 
 
@@ -95,6 +100,14 @@ def _plan(program: Program, norm: fx.Node) -> _Fold | str:
     if layer is None or layer.is_embedding:
         return _plan_forward(program, norm, *factors)
     return _plan_backward(program, norm, layer, *factors)
+
+
+def _output_moments(program: Program, norm: fx.Node) -> tuple[Tensor, Tensor] | None:
+    """Mean and deviation per channel that a batch norm gives: beta and the size of gamma."""
+    mean, deviation = (program.constant(argument(norm, name)) for name in ("bias", "weight"))
+    if mean is None or deviation is None:
+        return None
+    return mean.double(), deviation.double().abs()
 
 
 def _scale_and_shift(program: Program, norm: fx.Node) -> tuple[Tensor, Tensor] | str:
