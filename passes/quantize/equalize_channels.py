@@ -9,13 +9,10 @@ from torch import Tensor, fx
 
 from mopt.effects import argument
 from mopt.formats.base import require_finite
-from mopt.layers import LINEAR
-from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
-from mopt.program import Program, module_path, site_of
+from mopt.pass_base import Numerics, Pass, PassContext, PassResult, option, register_pass
+from mopt.passes.quantize._pairs import NORMAL, find_pairs, groups_of, replace_argument
+from mopt.program import Program, module_path
 
-_aten = torch.ops.aten
-_CONVOLUTIONS = (_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default)
-_HOMOGENEOUS = (_aten.relu.default, _aten.relu_.default, _aten.leaky_relu.default)
 _SETTLED = 1e-3
 
 
@@ -46,7 +43,7 @@ class EqualizeChannels(Pass):
     sweeps: int = option(20, min=1, max=100, help="most rounds over all pairs of layers")
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
-        pairs, skipped = _find_pairs(program, self)
+        pairs, skipped = find_pairs(program, self)
         weights: dict[fx.Node, Tensor] = {}
         biases: dict[fx.Node, Tensor] = {}
         for call in dict.fromkeys(call for pair in pairs for call in pair):
@@ -58,11 +55,12 @@ class EqualizeChannels(Pass):
             if bias is not None:
                 biases[call] = bias.double()
         moved: dict[fx.Node, bool] = {}
+        total: dict[fx.Node, Tensor] = {}
         for _ in range(self.sweeps):
             ctx.check_time("equalizing channels")
             largest = 0.0
             for first, second in pairs:
-                factors = _factors(weights[first], weights[second], _groups(second))
+                factors = _factors(weights[first], weights[second], groups_of(second))
                 change = float((factors - 1).abs().max())
                 if change <= _SETTLED:
                     continue
@@ -70,65 +68,20 @@ class EqualizeChannels(Pass):
                 weights[first] = weights[first] / _per_row(factors, weights[first])
                 if first in biases:
                     biases[first] = biases[first] / factors
-                weights[second] = _scale_inputs(weights[second], factors, _groups(second))
+                weights[second] = scale_inputs(weights[second], factors, groups_of(second))
                 moved[first] = moved[second] = True
+                total[first] = total.get(first, torch.ones_like(factors)) * factors
             if largest <= _SETTLED:
                 break
         for call in moved:
-            _replace(program, call, 1, weights[call])
+            replace_argument(program, call, 1, weights[call], "equalized")
             if call in biases:
-                _replace(program, call, 2, biases[call])
+                replace_argument(program, call, 2, biases[call], "equalized")
+            if NORMAL in call.meta:
+                by = total.get(call, torch.ones(1, dtype=torch.float64))
+                call.meta[NORMAL] = tuple(one / by for one in call.meta[NORMAL])
         stats = {"pairs": len(pairs), "layers": len(moved)}
         return PassResult(changed=bool(moved), stats=stats, skipped=skipped)
-
-
-def _find_pairs(program: Program, one: Pass) -> tuple[list[tuple[fx.Node, fx.Node]], list[Skip]]:
-    pairs, skipped = [], []
-    for node in program.nodes:
-        if not _is_layer(program, node) or not one.selects(module_path(node)):
-            continue
-        value = node
-        while len(value.users) == 1 and next(iter(value.users)).target in _HOMOGENEOUS:
-            value = next(iter(value.users))
-        readers = list(value.users)
-        if len(readers) != 1 or not _is_layer(program, readers[0]) or readers[0].args[0] != value:
-            if readers and any(user.op != "output" for user in readers):
-                name = next(str(u.target) for u in readers if u.op != "output")
-                reason = f"its output is read by {name}" + (
-                    " and others" if len(readers) > 1 else ""
-                )
-                skipped.append(Skip(site_of(node), reason))
-            continue
-        second = readers[0]
-        shared = [call for call in (node, second) if _readers(program, call) != 1]
-        if shared:
-            skipped.append(Skip(site_of(shared[0]), "its weight has other readers"))
-        elif one.selects(module_path(second)):
-            pairs.append((node, second))
-    return pairs, skipped
-
-
-def _is_layer(program: Program, node: fx.Node) -> bool:
-    if node.op != "call_function" or node.target not in (*LINEAR, *_CONVOLUTIONS):
-        return False
-    bias = argument(node, "bias")
-    return program.constant(node.args[1]) is not None and (
-        bias is None or program.constant(bias) is not None
-    )
-
-
-def _readers(program: Program, call: fx.Node) -> int:
-    weight = program.constant(call.args[1])
-    assert weight is not None
-    return sum(
-        len(node.users) for node in program.graph.nodes
-        if node.op == "get_attr" and isinstance(node.meta.get("val"), Tensor)
-        and program.weight(node).untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
-    )  # fmt: skip
-
-
-def _groups(call: fx.Node) -> int:
-    return 1 if call.target in LINEAR else int(argument(call, "groups"))
 
 
 def _factors(first: Tensor, second: Tensor, groups: int) -> Tensor:
@@ -140,7 +93,7 @@ def _factors(first: Tensor, second: Tensor, groups: int) -> Tensor:
     return torch.where(sound, (before / behind.clamp(min=1e-300)).sqrt(), torch.ones_like(before))
 
 
-def _scale_inputs(weight: Tensor, factors: Tensor, groups: int) -> Tensor:
+def scale_inputs(weight: Tensor, factors: Tensor, groups: int) -> Tensor:
     parts = weight.unflatten(0, (groups, -1))
     shape = (groups, 1, -1, *[1] * (weight.dim() - 2))
     return (parts * factors.reshape(shape)).flatten(0, 1)
@@ -148,12 +101,3 @@ def _scale_inputs(weight: Tensor, factors: Tensor, groups: int) -> Tensor:
 
 def _per_row(factors: Tensor, weight: Tensor) -> Tensor:
     return factors.reshape(-1, *[1] * (weight.dim() - 1))
-
-
-def _replace(program: Program, call: fx.Node, at: int, tensor: Tensor) -> None:
-    old = call.args[at]
-    assert isinstance(old, fx.Node)
-    stored = tensor.to(program.weight(old).dtype)
-    call.update_arg(at, program.add_weight(f"{old.target}_equalized", stored, call))
-    if not old.users:
-        program.graph.erase_node(old)

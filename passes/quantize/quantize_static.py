@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from mopt.formats import Encoded, Grid
 from mopt.formats.base import require_finite
@@ -16,6 +16,7 @@ from mopt.observers import Histogram, MinMax
 from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
 from mopt.passes.quantize._codes import fit_bias, insert_codes, quantize_bias
 from mopt.passes.quantize._edges import find_edges
+from mopt.passes.quantize._means import correct_means
 from mopt.passes.quantize._weights import relative_error
 from mopt.program import Program
 from mopt.ranges import METHODS, estimate_range, range_observer
@@ -34,7 +35,10 @@ class QuantizeStatic(Pass):
     Weights are symmetric int8 with a scale per output channel. Each value between layers has one
     range, from `calibration`: all that was seen, its average over batches, a percentile, the least
     squared error or the least divergence. Values outside it are clipped. Inputs of softmax, norms,
-    GELU and the like stay in float.
+    GELU and the like stay in float. `weights = "tensor"` gives all channels of a weight one scale,
+    for runtimes that know no other; it is stored per channel all the same. `correct_bias` takes the
+    mean of what rounding a weight adds to its layer's output off the bias (Nagel et al. 2019,
+    section 4.2), measured in a pass over the data of its own.
 
     ## Limits
     float32 models. Transposed convolutions stay in float. On x86 processors without VNNI set
@@ -51,6 +55,10 @@ class QuantizeStatic(Pass):
         "uint8", choices=("uint8", "int8"), help="codes of values between layers"
     )
     ranges: str = option("mse", choices=("mse", "min-max"), help="how weight scales are chosen")
+    weights: str = option(
+        "channel", choices=("channel", "tensor"), help="whether each output channel has its scale"
+    )
+    correct_bias: bool = option(False, help="keep the means of outputs, by a shift of the biases")
     reduce_range: bool = option(False, help="7-bit weights, for x86 processors without VNNI")
     keep_first: bool = option(False, help="leave layers that read the model's input in float")
     keep_last: bool = option(False, help="leave layers that no other layer follows in float")
@@ -80,6 +88,10 @@ class QuantizeStatic(Pass):
 
         observers = {edge: range_observer(self.calibration) for edge in set(edges.source.values())}
         format_ = self._format
+        corrected = 0
+        if self.correct_bias:
+            decoded = {layer: format_.decode(one) for layer, one in encoded.items()}
+            corrected = correct_means(program, ctx, decoded)
         rounded = {
             call.args[1]: format_.decode(one) for layer, one in encoded.items()
             for call in layer.calls
@@ -104,6 +116,7 @@ class QuantizeStatic(Pass):
                 "edges": len(edges.source),
                 "folded_activations": folded,
                 "batches": batches,
+                **({"corrected_biases": corrected} if self.correct_bias else {}),
                 "formats": {layer.path: format_.name for layer in encoded},
                 "weight_error": error,
             },
@@ -138,9 +151,15 @@ class QuantizeStatic(Pass):
             if reason:
                 skipped.append(Skip(layer.path, reason))
             else:
-                grid = self._format.grid(weight, ranges=self.ranges)
+                grid = self._weight_grid(weight)
                 encoded[layer] = self._format.encode(weight, grid=grid)
         return encoded
+
+    def _weight_grid(self, weight: Tensor) -> Grid:
+        if self.weights == "channel":
+            return self._format.grid(weight, ranges=self.ranges)
+        whole = self._format.grid(weight.reshape(1, -1), ranges=self.ranges)
+        return Grid(whole.scales.expand(len(weight), 1).contiguous())
 
     def _grid(self, observer: Histogram | MinMax) -> Grid:
         """Scale and zero point, as scalars, in the code range of the option ``activations``."""
