@@ -20,6 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from mopt.machine import trim_heap
+
 # A parent in a hurry puts here how many seconds the calls of one sample may take.
 SECONDS_VARIABLE = "MOPT_SAMPLE_SECONDS"
 _PR_SET_PDEATHSIG = 1
@@ -77,8 +79,7 @@ class PeakMemory:
     def __init__(self) -> None:
         # What the heap has spare would hide the first growth.
         gc.collect()
-        with suppress(AttributeError, OSError):
-            ctypes.CDLL(None).malloc_trim(0)
+        trim_heap()
         self.start = anonymous_bytes()
         self.peak = 0
         self._stop = threading.Event()

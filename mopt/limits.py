@@ -71,7 +71,7 @@ class Limits:
     onnx_attribute: int = _limit(MIB, "size of one attribute of an ONNX node")
     onnx_ports: int = _limit(4096, "inputs plus outputs of an ONNX model")
     onnx_value_bytes: int = _limit(2 * GIB, "any value of an ONNX model with a fixed shape")
-    fold_bytes: int = _limit(64 * MIB, "what constant folding may create beyond 4x the model")
+    fold_bytes: int = _limit(64 * MIB, "what constant folding may create beyond 64x the model")
 
     child_output: int = _limit(MIB, "what a child process may print")
     parse_seconds: int = _limit(10, "time to parse a stranger's file")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -92,3 +94,12 @@ def _text(path: str) -> str:
 
 def _first_line(path: str) -> str | None:
     return _text(path).partition("\n")[0].strip() or None
+
+
+def trim_heap() -> None:
+    """Give freed memory back to the system, where the C library can.
+
+    Large temporary values, as loading a model makes them, otherwise stay with the process.
+    """
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)

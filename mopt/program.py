@@ -222,6 +222,10 @@ class Program:
         }
         return sum(storages.values())
 
+    def original_bytes(self) -> int:
+        """Bytes of the weights before the first pass."""
+        return self.steps[0].bytes_before if self.steps else self.size_bytes()
+
     def parameter_count(self) -> int:
         """Elements of the weights that are read, shared ones once."""
         seen = {(t.untyped_storage().data_ptr(), t.storage_offset()): t.numel()

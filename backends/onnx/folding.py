@@ -26,6 +26,8 @@ from mopt.limits import DEFAULT_LIMITS, Limits
 if TYPE_CHECKING:
     import onnx
 
+_FOLD_RATIO = 64
+
 
 def folding_is_bounded(
     model: onnx.ModelProto,
@@ -34,12 +36,14 @@ def folding_is_bounded(
     tick: Callable[[], None],
     limits: Limits = DEFAULT_LIMITS,
 ) -> bool:
-    """Whether constant folding makes at most ``fold_bytes`` plus four times the model's size.
+    """Whether constant folding makes at most ``fold_bytes`` plus 64 times the model's size.
+
+    Half a byte of code takes 27 to become a float of a table (index, value, product, layout).
 
     ``model`` may be a skeleton (large initializers without their bytes); ``model_bytes`` counts
     all weights. No value may have more than 64 dimensions. ``tick`` is called for every node.
     """
-    folding = _Folding(limits.fold_bytes + 4 * model_bytes, tick)
+    folding = _Folding(limits.fold_bytes + _FOLD_RATIO * model_bytes, tick)
     try:
         inputs = {declared.name: value_of_input(declared) for declared in model.graph.input}
         folding.walk(model.graph, inputs)

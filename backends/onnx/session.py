@@ -32,6 +32,7 @@ from mopt.bench_loop import run_bench
 from mopt.children import run_child
 from mopt.errors import ArtifactError, InputError, LimitError, MoptError, UsageError, quote
 from mopt.limits import DEFAULT_LIMITS, Limits
+from mopt.machine import trim_heap
 from mopt.npz_files import read_npz
 from mopt.safe_read import Folder, OpenFile
 
@@ -159,6 +160,8 @@ def _start(
         session = ort.InferenceSession(
             model.handle_path, options, providers=["CPUExecutionProvider"]
         )
+        # Folding constants leaves the heap several times as large as the weights.
+        trim_heap()
     except ORT_ERRORS as e:
         if is_memory_error(e):
             raise LimitError(f"no memory to load {model.name}", code="out-of-memory") from e

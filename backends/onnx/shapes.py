@@ -27,6 +27,7 @@ from mopt.backends.onnx.values import (
     integers_attribute,
     value_of_tensor,
 )
+from mopt.backends.onnx.wire import ELEMENT_BITS
 
 if TYPE_CHECKING:
     import onnx
@@ -82,7 +83,8 @@ def _same(node: onnx.NodeProto, inputs: Inputs) -> Value:
 @_rule("DequantizeLinear QuantizeLinear", _MICROSOFT)
 def _converted(node: onnx.NodeProto, inputs: Inputs) -> Value:
     kept = inputs[0].contents if node.op_type in ("Cast", "CastLike", "Identity") else None
-    return replace(inputs[0], contents=kept, width=WIDEST)
+    bits = ELEMENT_BITS.get(integer_attribute(node, "to", 0)) if node.op_type == "Cast" else None
+    return replace(inputs[0], contents=kept, width=-(-bits // 8) if bits else WIDEST)
 
 
 @_rule(
@@ -94,8 +96,9 @@ def _elementwise(node: onnx.NodeProto, inputs: Inputs) -> Value:
     bounds = [max(value.elements, 1) for value in inputs if value.elements is not None]
     elements = math.prod(bounds) if len(bounds) == len(inputs) else None
     return Value(
-        shape, computed(node.op_type, [value.contents for value in inputs]), elements=elements
-    )
+        shape, computed(node.op_type, [value.contents for value in inputs]), elements=elements,
+        width=max(value.width for value in inputs),
+    )  # fmt: skip
 
 
 @_rule("Shape")

@@ -68,20 +68,50 @@ def test_int8_activations_round_as_the_reference_does(bits: int) -> None:
     assert accuracy_level(result) == 4
 
 
-def test_four_bits_keep_float_activations_when_asked() -> None:
+def test_four_bits_and_one_row_keep_float_activations_when_asked() -> None:
     layer = LinearNBits(4, 32, 96, zero_points=False, activations="float")
-    result = export(layer, (torch.randn(3, 96),))
+    result = export(layer, (torch.randn(1, 96),))
     assert accuracy_level(result) == 1
 
 
-@pytest.mark.parametrize("bits", [2, 8])
-def test_widths_without_a_float_kernel_become_a_float_product_at_load(bits: int) -> None:
-    layer = LinearNBits(bits, 32, 200, zero_points=True, activations="float")
-    result = export(layer, (torch.randn(3, 200),))
+@pytest.mark.parametrize("columns", [192, 200])
+@pytest.mark.parametrize("zero_points", [True, False])
+@pytest.mark.parametrize(("bits", "stored"), [(2, "UINT8"), (4, "INT4"), (8, "INT8")])
+def test_codes_without_a_fast_kernel_become_a_float_product_at_load(
+    bits: int, stored: str, zero_points: bool, columns: int
+) -> None:
+    layer = LinearNBits(bits, 32, columns, zero_points=zero_points, activations="float")
+    result = export(layer, (torch.randn(3, columns),))
     assert result.operators()["MatMulNBits"] == 0
     assert set(result.kernels()) <= {"Gemm", "MatMul", "Add"}
-    stored = {value.name: value.dtype.name for value in result.model.graph.initializers.values()}
-    assert stored["codes"] == "UINT8"
+    (codes,) = [
+        value for name, value in result.model.graph.initializers.items() if name.endswith(".codes")
+    ]
+    assert codes.dtype is not None and codes.dtype.name == stored
+    padded = -(-columns // 32) * 32
+    assert codes.const_value is not None
+    assert codes.const_value.nbytes == padded * layer.codes.shape[0] * bits // 8
+
+
+class TwoCalls(nn.Module):
+    """One weight in blocks, read by a kernel of codes and by a call that would widen it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = LinearNBits(4, 32, 96, zero_points=False, activations="int8")
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        own = self.layer
+        wide = torch.ops.mopt.linear_nbits(y, own.codes, own.scales, None, None, 4, 96, "float")
+        return own(x), wide
+
+
+def test_codes_that_are_also_read_as_they_are_stand_in_the_file_once() -> None:
+    inputs = (torch.randn(2, 96), torch.randn(40, 96))
+    result = export(TwoCalls(), inputs)
+    assert result.operators()["MatMulNBits"] == 2
+    assert sum("codes" in name for name in result.model.graph.initializers) == 1
+    assert result.error(*inputs) < 0.01  # the second is rounded to 8 bits too
 
 
 def accuracy_level(result: Exported) -> int:
