@@ -139,8 +139,9 @@ def _inspect_artifact(out: Output, target: str) -> None:
         "files": {name: entry["bytes"] for name, entry in manifest["files"].items()},
         "report": report,
     }
+    kernels = _kernels(Path(target), manifest)
     if out.as_json:
-        out.document(data)
+        out.document({**data, "kernels": kernels} if kernels else data)
         return
     out.text(
         f"{data['model']}: {data['recipe'] or 'lowered without a report'}, {data['backend']}, "
@@ -150,6 +151,66 @@ def _inspect_artifact(out: Output, target: str) -> None:
     _show_shapes(out, data)
     if report is not None:
         _show_report(out, report)
+    _show_kernels(out, kernels)
+
+
+def _kernels(folder: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the backend says of the kernels in each part; nothing for those that ship none."""
+    from mopt.registry import find_backend
+
+    describe = getattr(find_backend(manifest["backend"]), "describe", None)
+    if describe is None:
+        return []
+    return [describe(folder / part["folder"]) for part in manifest["parts"]]
+
+
+def _show_kernels(out: Output, parts: list[dict[str, Any]]) -> None:
+    """Registers, shared memory and spills of every binary; with -v also what was not taken."""
+    columns = [
+        Column("kernel"), Column("for"), Column("chip"), Column("tile"),
+        Column("registers", right=True), Column("shared", right=True), Column("spills", right=True),
+    ]  # fmt: skip
+    for part in parts:
+        rows = [
+            [entry["name"], _kind(entry), arch, _tile(entry), str(entry["registers"]),
+             disk_size(entry["shared"]), str(entry["spills"])]
+            for arch, found in sorted(part["binaries"].items())
+            for entry in sorted(found.values(), key=lambda e: (e["name"], _kind(e), _tile(e)))
+            if out.verbose or arch == part["target"]
+        ]  # fmt: skip
+        out.text()
+        out.text(
+            f"{plural(len(part['lowered']), 'layer')} in kernels "
+            f"({part['share']['kernels']:.1%} of the FLOPs), triton {part['triton']}"
+        )
+        if rows:
+            out.table(columns, rows)
+        for one in part["left"]:
+            out.text(f"PyTorch runs {one['site']}: {one['reason']}")
+        if out.verbose:
+            for one in part["rejected"]:
+                out.text(f"not taken on {one['architecture']}: {one['tile']}: {one['reason']}")
+            for one in part["pytorch"]:
+                out.text(
+                    f"PyTorch runs {one['operator']}: {plural(one['calls'], 'call')}, "
+                    f"{one['flops']:.1%} of the FLOPs"
+                )
+
+
+def _kind(entry: dict[str, Any]) -> str:
+    """The constants that say what a binary computes: formats and types, and what is switched on."""
+    words = [
+        name.lower() if value == "True" else value
+        for name, value in entry["constants"].items()
+        if value != "False" and not value.isdigit()
+    ]
+    return " ".join(words)
+
+
+def _tile(entry: dict[str, Any]) -> str:
+    """The constants that are sizes, and how the binary is launched."""
+    sizes = [f"{name}{value}" for name, value in entry["constants"].items() if value.isdigit()]
+    return " ".join([*sizes, f"w{entry['warps']}", f"s{entry['stages']}"])
 
 
 def _show_report(out: Output, report: dict[str, Any]) -> None:

@@ -171,12 +171,14 @@ def lower(program: Program, backend: str = "onnx", *, target: str = "host") -> A
     artifact = Artifact(folder, {}, program=program)
     artifact._cleanup = weakref.finalize(artifact, shutil.rmtree, folder, True)
     parts, files = [], {}
+    takes_target = "target" in signature_parameters(chosen.lower).parameters
+    options = {"target": target} if takes_target else {}
     whole = program.parts().keys() == {""}
     for index, (path, part) in enumerate(program.parts().items()):
         name = "" if whole else f"part-{index}"
         (folder / name).mkdir(exist_ok=True)
         signature = signature_of(part)
-        for file in chosen.lower(part, folder / name, signature):
+        for file in chosen.lower(part, folder / name, signature, **options):
             files[f"{name}/{file}" if name else file] = _entry(folder / name / file)
         parts.append({"path": path, "folder": name, "signature": signature.as_json()})
     if not whole:
@@ -200,16 +202,23 @@ def load(
     module: nn.Module | None = None,
     threads: int | None = None,
     resident: float | None = None,
+    device: str | None = None,
+    trust: bool = False,
 ) -> Loaded:
     """Load an artifact from disk: every hash is checked first, nothing is unpickled.
 
     ``module`` is the user's model, needed only when parts of it stayed eager. ``resident`` is the
     share of the weights that may be in memory at once, the others being read in every run: only
-    the eager backend can, UsageError (``cannot-stream``) elsewhere. Raises ArtifactError for a
+    the eager backend can, UsageError (``cannot-stream``) elsewhere. ``device`` says where to run
+    what the Triton backend lowered ("cpu", "interpreter", "cuda"), and ``trust`` lets binaries from
+    the folder run on a GPU; UsageError (``no-device-choice``) elsewhere. Raises ArtifactError for a
     folder that is incomplete, altered or hostile.
     """
     manifest = read_manifest(folder)
-    return open_artifact(Path(folder), manifest, module=module, threads=threads, resident=resident)
+    return open_artifact(
+        Path(folder), manifest, module=module, threads=threads, resident=resident, device=device,
+        trust=trust,
+    )  # fmt: skip
 
 
 def read_manifest(folder: str | Path, *, check_hashes: bool = True) -> dict[str, Any]:
@@ -248,11 +257,22 @@ def open_artifact(
     module: nn.Module | None = None,
     threads: int | None = None,
     resident: float | None = None,
+    device: str | None = None,
+    trust: bool = False,
 ) -> Loaded:
     """The callable of an artifact whose manifest was checked."""
     backend = find_backend(manifest["backend"])
-    options = {} if resident is None else {"resident": resident}
-    if options and "resident" not in signature_parameters(backend.open).parameters:
+    options: dict[str, Any] = {} if resident is None else {"resident": resident}
+    known = signature_parameters(backend.open).parameters
+    if device is not None or trust:
+        if "device" not in known:
+            raise UsageError(
+                f"backend {manifest['backend']!r} runs on the CPU only",
+                code="no-device-choice",
+                hint="compile with --backend triton for a GPU",
+            )
+        options |= {"device": device, "trust": trust}
+    if resident is not None and "resident" not in known:
         raise UsageError(
             f"backend {manifest['backend']!r} keeps all weights in memory",
             code="cannot-stream",

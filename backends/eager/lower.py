@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import fx
 
 from mopt.backends.eager.graph_file import operator_name, read_graph, write_graph
 from mopt.backends.eager.plan_file import PLAN, read_layout
@@ -115,6 +116,14 @@ class EagerBackend:
         names = {node: node.meta["name"] for node in module.graph.nodes}
         graph = PlannedGraph(module, read_layout(plan), names, consume=True)
         return EagerRunner(graph, threads)
+
+    def read_module(self, folder: Path) -> fx.GraphModule:
+        """The graph of a lowered model with its weights, for backends that build on it."""
+        with Folder(folder) as opened:
+            data = _read_json(opened, GRAPH)
+            with opened.open_file(WEIGHTS) as file:
+                weights = {name: tensor.clone() for name, tensor in read_torch(file).items()}
+        return read_graph(data, weights)
 
     def bench_command(self, folder: Path, inputs: Path, *, threads: int | None) -> list[str]:
         """Time the graph in a fresh process."""

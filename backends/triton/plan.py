@@ -1,0 +1,165 @@
+"""Plans a lowering: which calls go to kernels, with which tiles, as which binaries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mopt.backends.triton.aot import Binary
+from mopt.backends.triton.architectures import ARCHITECTURES, NVIDIA, Architecture
+from mopt.backends.triton.interpreter import run_interpreted
+from mopt.backends.triton.launch import Launch, Tile
+from mopt.backends.triton.layers import KernelLayer, table_key
+from mopt.backends.triton.rewrite import Left, Site
+from mopt.backends.triton.tiles import BUCKETS, Rejected, chip_of, choose
+from mopt.cache import Cache
+from mopt.device import DeviceProfile, find_device
+from mopt.errors import LoweringError
+from mopt.flops import node_flops
+from mopt.program import site_of
+
+# The device whose numbers choose tiles for an architecture that is not the target's.
+_TYPICAL = {"sm_80": "a100", "sm_89": "l4", "sm_90": "h100", "gfx942": "mi300x"}
+# Outputs and rows that each kernel is checked with.
+_CHECKED_OUTPUTS, _CHECKED_ROWS = 48, 3
+# The largest error of a checked kernel relative to the largest output, by the input's type. Both
+# sides round inputs and weights in the type itself; what is left is the order of additions.
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+
+
+@dataclass
+class Lowered:
+    """One call that goes to a kernel."""
+
+    site: str
+    name: str
+    table: str
+    flops: int
+
+
+@dataclass
+class Plan:
+    """Everything a lowering decided. ``tables``: architecture, problem, bucket of rows, tile."""
+
+    target: str
+    lowered: list[Lowered] = field(default_factory=list)
+    left: list[tuple[str, str, str]] = field(default_factory=list)
+    tables: dict[str, dict[str, dict[int, Tile]]] = field(default_factory=dict)
+    binaries: dict[str, dict[str, Binary]] = field(default_factory=dict)
+    rejected: list[Rejected] = field(default_factory=list)
+    checked: dict[str, float] = field(default_factory=dict)
+    share: dict[str, float] = field(default_factory=dict)
+
+
+def architectures_for(target: Architecture) -> list[Architecture]:
+    """The target's first, then those of the same maker: an artifact runs on other chips too."""
+    others = [ARCHITECTURES[n] for n in NVIDIA] if target.is_nvidia else [target]
+    return [target, *(arch for arch in others if arch is not target)]
+
+
+def make_plan(
+    sites: Sequence[Site], left: Sequence[Left], graph: fx.Graph, target: Architecture,
+    device: DeviceProfile, cache: Cache | None,
+) -> Plan:  # fmt: skip
+    """Choose tiles, compile them and check every kernel once on this model's own weights."""
+    plan = Plan(target.name)
+    distinct: dict[str, tuple[Site, KernelLayer, torch.dtype]] = {}
+    for site in sites:
+        layer, dtype = site.make(0), site.value.meta["val"].dtype
+        key = table_key(layer.problem(1, dtype))
+        distinct.setdefault(key, (site, layer, dtype))
+        name = layer.kernel.name
+        plan.lowered.append(Lowered(site_of(site.node), name, key, node_flops(site.node)))
+    for one in left:
+        plan.left.append((site_of(one.node), str(one.node.target), one.reason))
+    for arch in architectures_for(target):
+        profile = device if arch is target else find_device(_TYPICAL[arch.name])
+        for key, (_, layer, dtype) in distinct.items():
+            _add(plan, key, layer, dtype, arch, profile, cache)
+    done: set[str] = set()
+    for key, (site, layer, dtype) in distinct.items():
+        kind = _kind(layer, dtype)
+        if kind not in done:
+            done.add(kind)
+            plan.checked[key] = check(site, dtype, plan.tables[target.name][key])
+    plan.share = _shares(plan, graph)
+    return plan
+
+
+def _add(
+    plan: Plan, key: str, layer: KernelLayer, dtype: torch.dtype, arch: Architecture,
+    profile: DeviceProfile, cache: Cache | None,
+) -> None:  # fmt: skip
+    def launches(rows: int, config: Tile) -> list[Launch]:
+        return layer.launches(rows, dtype, config)
+
+    problems = {rows: layer.problem(rows, dtype) for rows in BUCKETS}
+    found = choose(problems, layer.kernel, launches, arch, chip_of(profile), cache)
+    plan.tables.setdefault(arch.name, {})[key] = found.tiles
+    plan.binaries.setdefault(arch.name, {}).update(found.binaries)
+    plan.rejected.extend(found.rejected)
+
+
+def _kind(layer: KernelLayer, dtype: torch.dtype) -> str:
+    """What distinguishes kernels apart from the sizes of the layer."""
+    sizes = {"rows", "outputs", "columns", "units"}
+    found = layer.problem(1, dtype)
+    return str([found.kernel, dtype, *(f for f in found.facts if f[0] not in sizes)])
+
+
+def check(site: Site, dtype: torch.dtype, tiles: dict[int, Tile]) -> float:
+    """The error of a kernel in the interpreter, on some outputs of a layer and random rows.
+
+    Relative to the largest output. Raises LoweringError ``kernel-wrong`` where it is not what the
+    order of additions explains.
+    """
+    layer = site.make(_CHECKED_OUTPUTS)
+    columns = layer.problem(1, dtype)["columns"]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(_CHECKED_ROWS, columns, generator=generator).to(dtype)
+    bucket = min(limit for limit in tiles if limit >= _CHECKED_ROWS)
+    layer.bind(run_interpreted, lambda problem: tiles[bucket])
+    found = layer(x)
+    return compare(site_of(site.node), found, site.reference(x, _CHECKED_OUTPUTS))
+
+
+def compare(site: str, found: Tensor, expected: Tensor) -> float:
+    """The largest difference relative to the largest value; raises LoweringError if too large."""
+    scale = float(expected.abs().max())
+    error = float((found.double() - expected.double()).abs().max()) / (scale or 1.0)
+    if not error <= _TOLERANCE[expected.dtype]:
+        raise LoweringError(
+            f"a kernel differs from its operator by {error:.1e} of the largest output",
+            code="kernel-wrong",
+            site=site,
+            hint="compile with --backend eager and report the layer's format and sizes",
+        )
+    return error
+
+
+def _shares(plan: Plan, graph: fx.Graph) -> dict[str, float]:
+    """The shares of the FLOPs that run in kernels of ours and in PyTorch's."""
+    total = sum(node_flops(node) for node in graph.nodes)
+    ours = sum(one.flops for one in plan.lowered)
+    return {
+        "kernels": ours / total if total else 0.0,
+        "pytorch": 1 - ours / total if total else 1.0,
+    }
+
+
+def operators_left(graph: fx.Graph, sites: Sequence[Site]) -> list[dict[str, Any]]:
+    """Operators that PyTorch runs, with how often and their share of the FLOPs."""
+    taken = {site.node for site in sites}
+    total = sum(node_flops(node) for node in graph.nodes) or 1
+    counts: dict[str, list[float]] = {}
+    for node in graph.nodes:
+        if node.op == "call_function" and node not in taken:
+            entry = counts.setdefault(str(node.target), [0, 0.0])
+            entry[0] += 1
+            entry[1] += node_flops(node) / total
+    ordered = sorted(counts.items(), key=lambda item: -item[1][1])
+    return [{"operator": n, "calls": int(c), "flops": share} for n, (c, share) in ordered]

@@ -1,0 +1,154 @@
+"""Lowering for a GPU on a machine without one, and running what comes out on the CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import mopt
+from mopt.backends.triton import architectures
+from mopt.backends.triton.kernel import problem
+from mopt.backends.triton.launch import tile
+from mopt.backends.triton.layers import LINEAR_CODES, table_key
+from mopt.backends.triton.lower import BACKEND
+from mopt.backends.triton.runtime import FallbackTiles
+from mopt.errors import ArtifactError, LoweringError, UsageError
+from mopt.lowering import lower
+from mopt.program import Program
+from mopt.recipe import Recipe
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Binaries are compiled once for all tests here, and not kept in the user's cache."""
+    folder = tmp_path_factory.getbasetemp() / "triton-cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+
+
+class Feed(nn.Module):
+    """A gated feed-forward block behind a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(64)
+        self.gate, self.up = nn.Linear(64, 96, bias=False), nn.Linear(64, 96)
+        self.down = nn.Linear(96, 64, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(x)
+        return x + self.down(nn.functional.silu(self.gate(y)) * self.up(y))
+
+
+def compressed(recipe: str) -> Program:
+    """The block after a recipe."""
+    program = mopt.capture(Feed().eval(), (torch.randn(2, 5, 64),))
+    return mopt.Pipeline(Recipe.load(recipe).passes()).run(program)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact with int4 weights for an H200."""
+    torch.manual_seed(0)
+    artifact = lower(compressed("int4-weight"), "triton", target="h200")
+    return artifact.save(tmp_path_factory.mktemp("triton") / "model")
+
+
+def kernels_of(folder: Path) -> dict:
+    return json.loads((folder / "kernels.json").read_text())
+
+
+def test_kernels_run_interpreted_as_the_program_does(folder: Path) -> None:
+    x = torch.randn(2, 5, 64)
+    with mopt.load(folder) as reference, mopt.load(folder, device="interpreter") as kernels:
+        wanted, found = reference(x), kernels(x)
+    assert not torch.equal(wanted, found)  # another order of additions
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-6 * float(wanted.abs().max()))
+
+
+def test_binaries_for_every_generation_say_what_they_take(folder: Path) -> None:
+    data = kernels_of(folder)
+    assert data["target"] == "sm_90" and set(data["binaries"]) == {"sm_80", "sm_89", "sm_90"}
+    for arch, found in data["binaries"].items():
+        limits = architectures.ARCHITECTURES[arch]
+        for entry in found.values():
+            assert (folder / entry["file"]).read_bytes()[:4] == b"\x7fELF"
+            assert (folder / entry["file"]).with_suffix(".ptx").read_text().count(".entry") == 1
+            assert 0 < entry["registers"] <= 255 and entry["spills"] == 0
+            assert 0 < entry["shared"] <= limits.shared
+    assert len(data["lowered"]) == 3 and all(error < 1e-4 for error in data["checked"].values())
+    assert data["share"]["kernels"] > 0.9
+    assert "aten.rms_norm.default" in {row["operator"] for row in data["pytorch"]}
+
+
+def test_describe_reads_and_runs_nothing(folder: Path) -> None:
+    assert BACKEND.describe(folder)["target"] == "sm_90"
+
+
+def test_a_model_without_compressed_layers_needs_no_kernel() -> None:
+    artifact = lower(compressed("none"), "triton", target="a100")
+    assert kernels_of(artifact.folder)["lowered"] == []
+    x = torch.randn(2, 5, 64)
+    assert torch.equal(artifact.load()(x), artifact.program.run(x))
+
+
+def test_calls_that_were_not_compiled_get_a_tile_and_are_listed() -> None:
+    small, large = tile(4, 2, BM=16, BN=32, SPLIT=1), tile(8, 3, BM=128, BN=64, SPLIT=1)
+    facts = {"kind": "int4", "outputs": 64, "columns": 64, "group": 32, "units": 2,
+             "zeros": False, "itemsize": 4}  # fmt: skip
+    known = problem("linear-codes", **facts, rows=1)
+    tiles = FallbackTiles({table_key(known): {16: small, 2048: large}})
+    rows = {n: tiles(problem("linear-codes", **facts, rows=n)) for n in (1, 16, 17, 5000)}
+    assert rows == {1: small, 16: small, 17: large, 5000: large} and not tiles.unknown
+    other = problem("linear-codes", **{**facts, "outputs": 96}, rows=5)
+    assert LINEAR_CODES.legal(tiles(other), other) is None and list(tiles.unknown) == [other.text]
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [({"device": "tpu"}, "unknown-device-choice"), ({"device": "cuda"}, "no-gpu")],
+)
+def test_devices_that_are_not_there(folder: Path, options: dict, code: str) -> None:
+    with pytest.raises((UsageError, LoweringError)) as caught:
+        mopt.load(folder, **options)
+    assert caught.value.code == code
+
+
+def test_other_backends_have_no_choice_of_device(tmp_path: Path) -> None:
+    saved = lower(compressed("none"), "eager").save(tmp_path / "eager")
+    with pytest.raises(UsageError) as caught:
+        mopt.load(saved, device="cuda")
+    assert caught.value.code == "no-device-choice"
+
+
+def test_targets_that_are_no_gpu() -> None:
+    with pytest.raises(LoweringError) as caught:
+        architectures.architecture_of("cortex-m7")
+    assert caught.value.code == "no-gpu-target" and "h200" in str(caught.value.hint)
+    with pytest.raises(UsageError) as unknown:
+        architectures.find_architecture("sm_91")
+    assert unknown.value.code == "unknown-architecture" and "sm_90" in str(unknown.value.hint)
+
+
+def test_binaries_run_on_later_chips_of_their_generation() -> None:
+    def name(major: int, minor: int) -> str | None:
+        found = architectures.running_architecture(major, minor)
+        return found.name if found else None
+
+    assert [name(8, 0), name(8, 6), name(8, 9), name(9, 0)] == ["sm_80", "sm_80", "sm_89", "sm_90"]
+    assert name(7, 5) is None and name(10, 0) is None
+
+
+def test_altered_kernels_are_refused(folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copied = tmp_path / "copy"
+    shutil.copytree(folder, copied)
+    victim = next(copied.glob("kernels/sm_90/*.cubin"))
+    victim.write_bytes(victim.read_bytes()[:-1] + b"x")
+    with pytest.raises(ArtifactError) as caught:
+        mopt.load(copied)
+    assert caught.value.code == "altered-artifact"
