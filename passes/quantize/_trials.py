@@ -15,19 +15,27 @@ def rounded_error(rows: Tensor, weights: list[Tensor], factors: Tensor) -> float
     Activations are rounded over one range for the whole of ``rows``, weights per output channel to
     all that occurs: of the search for ranges, factors change little.
     """
-    form = Int8Dynamic()
     scaled = rows / factors
-    grid = min_max_grid(scaled.amin(), scaled.amax(), 8, symmetric=False)
+    return output_error_of(scaled, round_rows(scaled), [weight * factors for weight in weights])
+
+
+def round_rows(rows: Tensor) -> Tensor:
+    """``rows`` in 8 bits over one range for all of them, as floats."""
+    grid = min_max_grid(rows.amin(), rows.amax(), 8, symmetric=False)
     assert grid.zero_points is not None
-    codes = (scaled / grid.scales).round() + grid.zero_points
-    activations = (codes.clamp(0, 255) - grid.zero_points) * grid.scales
+    codes = (rows / grid.scales).round() + grid.zero_points
+    return (codes.clamp(0, 255) - grid.zero_points) * grid.scales
+
+
+def output_error_of(rows: Tensor, rounded: Tensor, weights: list[Tensor]) -> float:
+    """Squared error of all outputs for ``rounded`` instead of ``rows``, with weights in int8."""
+    form = Int8Dynamic()
     total = 0.0
     for weight in weights:
-        columns = weight * factors
-        grid = form.grid(columns, ranges="min-max")
-        rounded = form.quantize_columns(columns, grid, columns.shape[1], 0)
-        # One product for the difference: A'R - AW = (A' - AF)R + AF(R - WF), with F the factors.
-        wrong = (activations - scaled) @ rounded.t() + scaled @ (rounded - columns).t()
+        grid = form.grid(weight, ranges="min-max")
+        near = form.quantize_columns(weight, grid, weight.shape[1], 0)
+        # One product for the difference: A'R - AW = (A' - A)R + A(R - W).
+        wrong = (rounded - rows) @ near.t() + rows @ (near - weight).t()
         total += float(wrong.square().sum(dtype=torch.float64))
     return total
 
