@@ -63,6 +63,7 @@ class _Writer:
         self.joint, self.saved = joint, saved
         self.graph = joint.module.graph
         self.calls = set(joint.backward)
+        self.stay = saved & joint.problem.results
         # What backward reads instead of a forward value, and the versions that this stands for.
         self.now: dict[fx.Node, tuple[fx.Node, tuple[int, ...]]] = {}
         self.version: dict[int, int] = {}
@@ -125,7 +126,7 @@ class _Writer:
         known = self.now.get(node)
         if known is not None and known[1] == key:
             return known[0]
-        if own[0] in self.saved and self.joint.owner[own[0]] is node:
+        if own[0] in self.saved and not key[0] and self.joint.owner[own[0]] is node:
             return node
         problem = self.joint.problem
         if not all(
@@ -145,11 +146,11 @@ class _Writer:
         with self.graph.inserting_before(before):
             parts = _write_again(self.graph, node, lambda s: self._current(s, before))
         for s in again.makes:
-            if s not in self.saved:
+            if s not in self.stay:
                 self.version[s] = self.version.get(s, 0) + 1
         for old, new in parts.items():
             own = self.storages(old)
-            if not any(s in self.saved for s in own):
+            if not any(s in self.stay for s in own):
                 self.now[old] = new, tuple(self.version.get(s, 0) for s in own)
 
 

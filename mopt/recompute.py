@@ -114,6 +114,9 @@ class Replay:
 def replay(problem: RecomputeProblem, saved: Iterable[int], items: Sequence[Item]) -> Replay:
     """Run the forward pass, keep ``saved``, run ``items``.
 
+    A repetition replaces what it makes: a kept value that is made again lives to its last use
+    before that.
+
     Raises InternalError (``bad-plan``) for an order that reads what is not there or leaves out a
     backward call.
     """
@@ -170,8 +173,9 @@ def _run(
 ) -> dict[int, int]:
     """Append the bytes alive at each call; returns the storages held at the end."""
     sizes, given = problem.sizes, problem.given
-    # What is kept is never replaced: a copy that comes with another repetition dies at once.
-    whole = frozenset(held)
+    fixed = set(fixed)
+    # Results are never replaced: a copy that comes with another repetition dies at once.
+    whole = frozenset(fixed)
     last: dict[tuple[int, int], int] = {}
     version = dict.fromkeys(held, 0)
     for place, (_, reads, makes, _) in enumerate(calls):
@@ -182,7 +186,6 @@ def _run(
                 version[s] = version.get(s, 0) + 1
     now = dict.fromkeys(held, 0)
     total = problem.constant + sum(held.values())
-    fixed = set(fixed)
     for s in [s for s in held if (s, 0) not in last and s not in fixed]:
         total -= held.pop(s)
     for place, (name, reads, makes, workspace) in enumerate(calls):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mopt.lowering import Backend
     from mopt.memory import MemoryPlan
     from mopt.pass_base import Pass
+    from mopt.recompute import RecomputePlan
 
 
 @dataclass(frozen=True)
@@ -141,3 +142,9 @@ def find_placement() -> Callable[..., MemoryPlan]:
     place: Callable[..., MemoryPlan]
     place = import_module("mopt.passes.schedule.offsets").place
     return place
+
+
+def find_step_planner() -> Callable[..., RecomputePlan]:
+    """The planner of training steps: ``plan(problem, budget, seconds=..., solver=...)``."""
+    plan: Callable[..., RecomputePlan] = import_module("mopt.passes.checkpoint.plan").plan
+    return plan

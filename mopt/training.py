@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any
 
 from torch import fx
@@ -13,11 +12,12 @@ from mopt.call_cost import Measured, estimate
 from mopt.errors import BudgetNotMet, InputError, UsageError, quote, unknown_name
 from mopt.joint_graph import Joint, read_joint
 from mopt.joint_split import split
-from mopt.recompute import RecomputePlan, RecomputeProblem, parse_bytes
+from mopt.recompute import Item, RecomputePlan, RecomputeProblem, parse_bytes, replay
+from mopt.registry import find_step_planner
 
 CODEGENS = ("eager", "inductor")
 COSTS = ("measured", "estimated")
-SOLVERS = ("auto", "greedy")
+SOLVERS = ("auto", "greedy", "exact")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +28,10 @@ class TrainingOptions:
     (``"2GiB"``) or as a share of the plain step's activations (``"35%"``); None keeps everything.
     ``codegen``: ``eager`` runs PyTorch's own kernels, ``inductor`` compiles them. ``costs``:
     ``measured`` runs each kind of call once on this machine, ``estimated`` uses shapes.
-    ``solver``: ``auto`` or ``greedy``; ``seconds``: time for planning one graph. ``other_bytes``:
-    what else lies in the same memory, such as optimizer state. ``graphs``: into how many graphs the
-    model breaks; each gets an even share of the activations.
+    ``solver``: ``auto``, ``greedy`` or ``exact`` (an integer program, for small graphs);
+    ``seconds``: time for planning one graph. ``other_bytes``: what else lies in the same memory,
+    such as optimizer state. ``graphs``: into how many graphs the model breaks; each gets an even
+    share of the activations.
     """
 
     memory_budget: int | float | str | None = None
@@ -140,8 +141,8 @@ class TrainingSession:
         held = self.options.other_bytes + sum(g.plan.figures.saved_bytes for g in self.plans)
         joint = read_joint(module, num_outputs, price, fixed=held)
         number = len(self.plans) + 1
-        solve: Callable[..., RecomputePlan] = import_module("mopt.passes.checkpoint.plan").plan
-        budget = self._budget(joint.problem, solve)
+        solve = find_step_planner()
+        budget = self._budget(joint.problem)
         try:
             plan = solve(
                 joint.problem, budget, seconds=self.options.seconds, solver=self.options.solver
@@ -156,7 +157,7 @@ class TrainingSession:
         self.plans.append(GraphPlan(plan, joint.problem, joint.kinds, self.options.costs, number))
         return joint, plan
 
-    def _budget(self, problem: RecomputeProblem, solve: Callable[..., RecomputePlan]) -> int:
+    def _budget(self, problem: RecomputeProblem) -> int:
         given = self.options.memory_budget
         if given is None:
             return 1 << 62
@@ -171,7 +172,5 @@ class TrainingSession:
 
 def plain_peak(problem: RecomputeProblem) -> int:
     """The peak of the step that keeps everything."""
-    from mopt.recompute import Item, replay
-
     items = [Item(i) for i in range(len(problem.backward))]
     return replay(problem, problem.keep_all, items).peak

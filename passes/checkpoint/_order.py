@@ -4,41 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from functools import cached_property
 
 from mopt.errors import InternalError
-from mopt.recompute import Item, RecomputeProblem, Replay, replay
-
-
-@dataclass(frozen=True)
-class Stages:
-    """Backward calls in consecutive groups: ``ends[k]`` is one past the last call of stage k.
-
-    A stage is one call, unless that gave more than ``most`` stages; then a stage begins with a call
-    that reads what may be repeated, and if these are too many as well, neighbours are joined.
-    """
-
-    ends: tuple[int, ...]
-
-    @staticmethod
-    def of(problem: RecomputeProblem, most: int) -> Stages:
-        """The stages of a problem."""
-        starts = list(range(len(problem.backward)))
-        if len(starts) > most:
-            starts = [
-                i for i in starts if any(s in problem.remakes for s in problem.backward[i].reads)
-            ]  # fmt: skip
-        width = max(1, -(-len(starts) // most))
-        ends = [*starts[width::width], len(problem.backward)]
-        return Stages(tuple(ends))
-
-    @cached_property
-    def stage_of(self) -> tuple[int, ...]:
-        """The stage of each backward call."""
-        found: list[int] = []
-        for k, end in enumerate(self.ends):
-            found.extend([k] * (end - len(found)))
-        return tuple(found)
+from mopt.recompute import Again, Item, RecomputeProblem, Replay, replay
 
 
 @dataclass(frozen=True)
@@ -58,46 +26,53 @@ class Draft:
 def draft(
     problem: RecomputeProblem,
     saved: Collection[int],
-    stages: Stages | None = None,
-    held: Collection[tuple[int, int]] = (),
+    held: Collection[tuple[int, int]] | None = None,
 ) -> Draft:
     """The plan that keeps ``saved``.
 
-    With ``stages``, a repeated value survives the end of stage k only if ``(value, k)`` is in
-    ``held``; without, it stays until its last use. Saved values nobody reads are left out.
+    With ``held``, a value survives backward call k only if ``(value, k)`` is in it, and what is
+    repeated for one call comes in the order of forward; without, it stays until its last use.
+    Saved values nobody reads are left out.
     """
-    items = _items(problem, frozenset(saved), stages, frozenset(held))
-    used = {s for item in items for s in _reads(problem, item)}
+    items = _items(problem, frozenset(saved), None if held is None else frozenset(held))
+    used: set[int] = set()
+    again: set[int] = set()
+    for item in items:
+        used.update(s for s in _reads(problem, item) if s not in again)
+        if item.repeat:
+            again.update(_again(problem, item.index).makes)
     kept = frozenset(saved) & used
     return Draft(kept, items, replay(problem, kept, items))
 
 
 def _reads(problem: RecomputeProblem, item: Item) -> tuple[int, ...]:
-    if not item.repeat:
-        return problem.backward[item.index].reads
-    again = problem.forward[item.index].again
+    return _again(problem, item.index).reads if item.repeat else problem.backward[item.index].reads
+
+
+def _again(problem: RecomputeProblem, index: int) -> Again:
+    again = problem.forward[index].again
     assert again is not None
-    return again.reads
+    return again
 
 
 def _items(
     problem: RecomputeProblem,
     saved: frozenset[int],
-    stages: Stages | None,
-    held: frozenset[tuple[int, int]],
+    held: frozenset[tuple[int, int]] | None,
 ) -> tuple[Item, ...]:
     there = set(saved)
     # Forward results outlive the pass, but backward may only rely on what is kept for it.
     items: list[Item] = []
     for index, call in enumerate(problem.backward):
+        new: list[Item] = []
         for s in call.reads:
             if s in problem.maker and s not in there:
-                _bring(problem, s, there, items)
-        items.append(Item(index))
-        if stages is not None:
-            k = stages.stage_of[index]
-            if index + 1 == stages.ends[k]:
-                there = {s for s in there if s in saved or (s, k) in held}
+                _bring(problem, s, there, new)
+        if held is not None:
+            new.sort(key=lambda item: item.index)
+        items += [*new, Item(index)]
+        if held is not None:
+            there = {s for s in there if (s, index) in held}
     return tuple(items)
 
 
@@ -112,8 +87,7 @@ def _bring(problem: RecomputeProblem, wanted: int, there: set[int], items: list[
         index = problem.remakes.get(s)
         if index is None:
             raise InternalError(f"storage {s} is neither kept nor repeatable", code="bad-plan")
-        again = problem.forward[index].again
-        assert again is not None
+        again = _again(problem, index)
         missing = [u for u in again.reads if u not in problem.given and u not in there]
         if missing:
             stack.extend(reversed(missing))
@@ -149,8 +123,7 @@ def sources(problem: RecomputeProblem) -> frozenset[int]:
         found.add(s)
         index = problem.remakes.get(s)
         if index is not None:
-            again = problem.forward[index].again
-            assert again is not None
+            again = _again(problem, index)
             stack.extend(again.reads)
     return frozenset(found)
 
@@ -169,7 +142,6 @@ def closed(problem: RecomputeProblem, saved: Iterable[int]) -> frozenset[int]:
         if index is None:
             kept.add(s)
             continue
-        again = problem.forward[index].again
-        assert again is not None
+        again = _again(problem, index)
         stack.extend(again.reads)
     return frozenset(kept)

@@ -1,21 +1,27 @@
-"""The plan for a budget: the cheapest of what greedy steps and the integer program find."""
+"""The plan for a budget: the cheapest of what several searches find."""
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 
 from mopt.errors import BudgetNotMet
+from mopt.passes.checkpoint._blocks import cut, with_options
 from mopt.passes.checkpoint._bounds import least_peak, least_seconds
-from mopt.passes.checkpoint._greedy import evictions, refill
-from mopt.passes.checkpoint._order import Draft, Stages
-from mopt.passes.checkpoint._program import facts, solve
+from mopt.passes.checkpoint._chain import Chain
+from mopt.passes.checkpoint._exact import small_enough, solve_exactly
+from mopt.passes.checkpoint._order import Draft
+from mopt.passes.checkpoint._search import descend, polish, shake
+from mopt.passes.checkpoint._tables import Point, Tables
 from mopt.recompute import RecomputePlan, RecomputeProblem
 
 # Budgets between the least and the plain peak that are told apart; see `_Ladder`.
 LEVELS = 64
-_MOST_VARIABLES = 3000
-_STAGES = 96
+_BLOCKS = 100
+_EXACT_SECONDS = 20.0
+# Touches of storages that the search replays in a CPU second, more or less.
+_TOUCHES = 60_000_000
 
 
 def plan(
@@ -23,27 +29,44 @@ def plan(
 ) -> RecomputePlan:
     """What to keep and what to repeat so that the step's peak is within ``budget`` bytes.
 
-    Equal problems give equal plans unless time runs out, and a smaller budget never gives a larger
-    peak. ``seconds`` are of this process's CPU, so that a busy machine does not change the plan.
-    ``solver`` is ``auto`` or ``greedy``. Raises BudgetNotMet (``memory-budget-too-small``)
-    with the least peak that was found and the call that binds.
+    Equal problems give equal plans, and a smaller budget never gives a larger peak. ``seconds`` is
+    about how long the search takes on an ordinary core: work is counted, not time, so that a busy
+    machine does not change the plan. ``solver`` is ``auto``, ``greedy`` or ``exact`` (an integer
+    program that proves its plan, for small steps). Raises BudgetNotMet
+    (``memory-budget-too-small``) with the least peak that was found and the call that binds.
     """
     started = time.monotonic()
-    ladder = _Ladder(problem, seconds, use_program=solver == "auto")
+    ladder = _Ladder(Tables(problem), seconds, solver)
     plain = ladder.pool[0]
     low, low_call = least_peak(problem)
-    if budget >= plain.figures.peak:
+    best: Point | Draft
+    bound = 0.0
+    if budget >= plain.peak:
         best, found_by = plain, "keep-all"
     else:
-        if budget < ladder.least:
-            ladder.reach_lower(budget)
-        if budget < ladder.least:
+        if budget < ladder.least.peak:
+            ladder.squeeze(budget)
+        found = ladder.best(ladder.level_of(budget))
+        if found is None and budget >= ladder.least.peak:
+            found = ladder.least, "greedy"
+        if found is None:
             raise _too_small(problem, budget, ladder, low, low_call)
-        best, found_by = ladder.best(ladder.level_of(budget))
-    bound = least_seconds(problem, plain.figures.live, budget)
+        best, found_by = found
+        if solver == "exact" or (solver == "auto" and small_enough(ladder.tables)):
+            limit = ladder.budget_of(ladder.level_of(budget))
+            proved = solve_exactly(ladder.tables, int(limit), best, _EXACT_SECONDS + seconds)
+            bound = proved.bound
+            if proved.draft is not None and proved.draft.cost < best.cost:
+                best, found_by = proved.draft, "exact program"
+    figures = ladder.tables.draft(plain).figures
+    chosen = best if isinstance(best, Draft) else ladder.tables.draft(best)
+    bound = max(bound, least_seconds(problem, figures.live, budget))
+    # Solvers' tolerances are no gap.
+    if bound >= chosen.figures.repeated_seconds * (1 - 1e-6):
+        bound = chosen.figures.repeated_seconds
     return RecomputePlan(
-        best.saved, best.items, best.figures, plain.figures, ladder.least, low, budget,
-        min(bound, best.figures.repeated_seconds), found_by, time.monotonic() - started,
+        chosen.saved, chosen.items, chosen.figures, figures, ladder.least.peak, low, budget,
+        min(bound, chosen.figures.repeated_seconds), found_by, time.monotonic() - started,
         tuple(ladder.notes),
     )  # fmt: skip
 
@@ -51,7 +74,7 @@ def plan(
 def _too_small(
     problem: RecomputeProblem, budget: int, ladder: _Ladder, low: int, low_call: str
 ) -> BudgetNotMet:
-    binding = min(ladder.pool, key=lambda d: d.figures.peak).figures.peak_call
+    least = ladder.tables.draft(ladder.least).figures
     proof = (
         f"no plan needs less than {low:,}, at {low_call!r}"
         if budget < low
@@ -59,100 +82,115 @@ def _too_small(
     )
     return BudgetNotMet(
         f"a training step does not fit into {budget:,} bytes: the least peak found is "
-        f"{ladder.least:,} bytes, at {binding!r}; {proof}. Weights, inputs and incoming gradients "
-        f"alone take {problem.constant:,}",
+        f"{least.peak:,} bytes, at {least.peak_call!r}; {proof}. Weights, inputs and incoming "
+        f"gradients alone take {problem.constant:,}",
         code="memory-budget-too-small",
-        hint=f"give at least {ladder.least} bytes, or make the batch smaller",
+        hint=f"give at least {ladder.least.peak} bytes, or make the batch smaller",
     )
+
+
+_Found = tuple[Point, str]
 
 
 @dataclass
 class _Ladder:
     """Plans for evenly spaced budgets, so that peaks fall with budgets.
 
-    A budget is rounded down to a level. Where the cheapest plan of a level already fits the next
-    lower one, that level's plan is taken instead: peaks of levels therefore never cross. The
-    greedy pool does not depend on the budget.
+    A budget is rounded down to a level. Where the plan of a level already fits the next lower one,
+    that level's plan is taken instead: peaks of levels therefore never cross. What is found for a
+    level depends on the level alone.
     """
 
-    problem: RecomputeProblem
+    tables: Tables
     seconds: float
-    use_program: bool = True
-    pool: list[Draft] = field(default_factory=list)
+    solver: str = "auto"
+    pool: list[Point] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    _solved: dict[int, tuple[Draft, str]] = field(default_factory=dict)
+    _solved: dict[int, _Found | None] = field(default_factory=dict)
+    _chain: Chain | None = None
 
     def __post_init__(self) -> None:
-        self.stages = Stages.of(self.problem, _STAGES)
-        self.pool = evictions(self.problem, self.stages, seconds=max(2.0, self.seconds / 2))
-        self.least = min(d.figures.peak for d in self.pool)
-        self.most = self.pool[0].figures.peak
-        self._until = time.process_time() + self.seconds
-        width = len(self.stages.ends)
-        about = facts(self.problem, self.stages, width)
-        while width > 2 and sum(len(w) for w in about.window.values()) > _MOST_VARIABLES:
-            width //= 2
-            about = facts(self.problem, self.stages, width)
-        self._about = about
+        tables, problem = self.tables, self.tables.problem
+        self.work = int(self.seconds * _TOUCHES)
+        self.pool = descend(tables, self.work // 4)
+        self.least = min(self.pool, key=lambda p: p.peak)
+        self.most = self.pool[0].peak
+        grain = math.gcd(*problem.sizes) or 1
+        self.step = max((self.most - problem.constant) / LEVELS, float(grain))
+        if self.solver == "auto":
+            blocks, different = with_options(cut(problem, _BLOCKS), self.work // 8)
+            if len(blocks) > 2:
+                self._chain = Chain(tables, blocks, self.most)
+                self.notes.append(f"{len(blocks)} blocks, {different} different")
 
-    def budget_of(self, level: int) -> int:
-        """The bytes of a level: level 0 is the least peak found by greedy steps."""
-        return self.least + (self.most - self.least) * level // LEVELS
+    def budget_of(self, level: int) -> float:
+        """The bytes of a level; level 0 is the plain step."""
+        return self.most - level * self.step
 
     def level_of(self, budget: int) -> int:
-        """The highest level within a budget."""
-        return max(n for n in range(LEVELS + 1) if self.budget_of(n) <= budget)
+        """The first level within a budget."""
+        return max(0, math.ceil((self.most - budget) / self.step - 1e-9))
 
-    def best(self, level: int) -> tuple[Draft, str]:
-        """The plan of a level and who found it."""
+    def best(self, level: int) -> _Found | None:
+        """The plan of a level and who found it; None: no plan."""
         if level not in self._solved:
-            budget = self.budget_of(level)
-            found = self._within(budget)
-            if level and found[0].figures.peak <= self.budget_of(level - 1):
-                found = self.best(level - 1)
+            found = self._within(int(self.budget_of(level)))
+            if found is not None and found[0].peak <= self.budget_of(level + 1):
+                found = self.best(level + 1) or found
             self._solved[level] = found
         return self._solved[level]
 
-    def _within(self, budget: int) -> tuple[Draft, str]:
-        fitting = [d for d in self.pool if d.figures.peak <= budget]
-        best, name = min(fitting, key=lambda d: d.cost), "greedy"
-        if not self.use_program or time.process_time() > self._until:
-            return best, name
-        rows = budget
-        for _ in range(3):
-            left = self._until - time.process_time()
-            if left <= 0.5:
-                self.notes.append("the time limit ended the search")
-                break
-            found = solve(
-                self.problem, self.stages, self._about, rows, seconds=left / 2,
-                below=best.figures.repeated_seconds,
-            )  # fmt: skip
-            if found is None:
-                break
-            one, _ = found
-            slack = budget - one.figures.peak
-            if slack >= 0:
-                if one.cost < best.cost:
-                    best, name = one, "program"
-                if slack <= (self.most - self.least) // (2 * LEVELS):
-                    break
-                # Rows are not exact within a stage; replay says how far off they were.
-            rows += slack
-        left = self._until - time.process_time()
-        filled = refill(self.problem, best, budget, seconds=min(left, self.seconds / 8))
-        if filled.cost < best.cost:
-            best, name = filled, f"{name}, refilled"
+    def _within(self, budget: int) -> _Found | None:
+        tables = self.tables
+        starts = [(p, "greedy") for p in self.pool if p.peak <= budget]
+        starts = [min(starts, key=lambda s: s[0].cost)] if starts else []
+        if self.solver == "greedy":
+            if not starts:
+                return None
+            return polish(tables, starts[0][0], budget, self.work // 8), "greedy"
+        chained = self._chained(budget)
+        if chained is not None:
+            starts.append((chained, "chain"))
+        if not starts:
+            return None
+        drawn = [(polish(tables, p, budget, self.work // 12), name) for p, name in starts]
+        best, name = min(drawn, key=lambda s: s[0].cost)
+        shaken = shake(tables, best, budget, self.work // 4)
+        if shaken is not None and shaken.cost < best.cost:
+            best, name = polish(tables, shaken, budget, self.work // 12), f"{name}, annealed"
         return best, name
 
-    def reach_lower(self, budget: int) -> None:
+    def _chained(self, budget: int) -> Point | None:
+        """The chain's best plan whose replayed peak fits.
+
+        The chain's figures are coarse; the budget it is given is moved by what replay says.
+        """
+        if self._chain is None:
+            return None
+        rows, best = budget, None
+        for _ in range(5):
+            since = self._chain.plan(rows)
+            point = None if since is None else self.tables.point(since)
+            if point is None:
+                break
+            slack = budget - point.peak
+            if slack >= 0 and (best is None or point.cost < best.cost):
+                best = point
+            if 0 <= slack <= self.step:
+                break
+            rows += slack
+        return best
+
+    def squeeze(self, budget: int) -> None:
         """Try for a peak below what greedy steps reached."""
-        if not self.use_program:
+        if self.solver == "greedy":
             return
-        found = solve(
-            self.problem, self.stages, self._about, budget,
-            seconds=max(1.0, self._until - time.process_time()),
-        )  # fmt: skip
-        if found is not None and found[0].figures.peak < self.least:
-            self.pool.append(found[0])
-            self.least = found[0].figures.peak
+        for target in (budget, (budget + self.least.peak) // 2):
+            options = [
+                self._chained(target),
+                shake(self.tables, self.least, target, self.work // 4),
+            ]
+            found = [p for p in options if p is not None and p.peak < self.least.peak]
+            if found:
+                self.least = min(found, key=lambda p: p.peak)
+                self.pool.append(self.least)

@@ -6,12 +6,24 @@ from itertools import combinations
 from random import Random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mopt.errors import BudgetNotMet, InputError, InternalError
 from mopt.passes.checkpoint._bounds import least_peak, least_seconds
+from mopt.passes.checkpoint._exact import solve_exactly
 from mopt.passes.checkpoint._order import closed, draft, must_keep, sources
+from mopt.passes.checkpoint._tables import Tables
 from mopt.passes.checkpoint.plan import plan
-from mopt.recompute import Again, Call, Item, RecomputeProblem, parse_bytes, replay
+from mopt.recompute import (
+    Again,
+    Call,
+    Item,
+    PlanStatus,
+    RecomputeProblem,
+    parse_bytes,
+    replay,
+)
 
 
 def chain(length: int) -> RecomputeProblem:
@@ -48,13 +60,46 @@ def random_problem(seed: int, length: int = 7) -> RecomputeProblem:
     return RecomputeProblem(tuple(sizes), tuple(forward), tuple(backward), results=results)
 
 
-@pytest.mark.parametrize(("length", "budget", "seconds"), [(14, 7, 50), (20, 10, 71), (26, 13, 92)])
+@pytest.mark.parametrize(
+    ("length", "budget", "seconds"),
+    [(8, 4, 39), (14, 7, 50), (20, 10, 71), (26, 13, 92), (40, 20, 141)],
+)
 def test_chains_reach_the_published_optimum(length: int, budget: int, seconds: float) -> None:
     # Checkmate's optimum on unit chains at half the memory; see Jain et al., MLSys 2020.
     problem = chain(length)
-    found = plan(problem, budget, solver="greedy")
+    found = plan(problem, budget, seconds=1.0)
     assert problem.seconds + found.figures.repeated_seconds == seconds
     assert found.figures.peak <= budget
+    if length == 8:
+        assert found.status == PlanStatus.OPTIMAL
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_search_finds_what_the_exact_program_proves(seed: int) -> None:
+    problem = random_problem(seed)
+    plain = plan(problem, 1 << 40, solver="greedy")
+    budget = (2 * plain.least_peak + plain.figures.peak) // 3
+    proved = solve_exactly(Tables(problem), budget, None, 20.0)
+    assert proved.draft is not None
+    best = proved.draft.figures.repeated_seconds
+    assert proved.bound == pytest.approx(best, abs=1e-6)
+    found = plan(problem, budget, seconds=1.0).figures
+    assert found.repeated_seconds + problem.seconds <= 1.02 * (best + problem.seconds)
+
+
+@given(seed=st.integers(0, 10_000), data=st.data())
+@settings(max_examples=40)
+def test_the_compiled_replay_is_the_replay(seed: int, data: st.DataObject) -> None:
+    problem = random_problem(seed)
+    tables = Tables(problem)
+    since = tables.blank(())
+    for v in tables.free:
+        since[v] = data.draw(st.integers(-1 - tables.never, tables.never))
+    point = tables.point(since)
+    assert point is not None
+    figures = tables.draft(point).figures
+    assert (figures.peak, figures.saved_bytes) == (point.peak, point.kept)
+    assert figures.repeated_seconds == pytest.approx(point.seconds)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -89,7 +134,7 @@ def test_bounds_are_below_every_choice(seed: int) -> None:
             assert bound <= one.repeated_seconds + 1e-9
 
 
-def test_the_program_is_never_worse_than_greedy_steps() -> None:
+def test_the_searches_are_never_worse_than_greedy_steps() -> None:
     problem = random_problem(3, length=10)
     plain = plan(problem, 1 << 40, solver="greedy")
     budget = (plain.least_peak + plain.figures.peak) // 2
