@@ -212,6 +212,17 @@ def _(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(weight, dtype=dtype)
 
 
+@torch.library.custom_op("mopt::widen_int8", mutates_args=())
+def widen_int8(codes: Tensor, scales: Tensor) -> Tensor:
+    """A weight stored in 8 bits, computed with in 32: ``codes`` int8 (N, ...), ``scales`` (N)."""
+    return codes * scales.view(-1, *[1] * (codes.dim() - 1))
+
+
+@widen_int8.register_fake
+def _(codes: Tensor, scales: Tensor) -> Tensor:
+    return torch.empty_like(codes, dtype=scales.dtype)
+
+
 @torch.library.custom_op("mopt::decode_levels", mutates_args=())
 def decode_levels(
     codes: Tensor,

@@ -272,3 +272,46 @@ class Int8Qdq(_Int8Rows):
 
     def _stored(self, scales: Tensor) -> Tensor:
         return scales.float().reshape(-1)
+
+
+@register_format
+@dataclass(frozen=True)
+class Int8Stored(_Int8Rows):
+    """``int8-stored``: int8 per output channel, widened to float where the weight is used.
+
+    A quarter of the bytes in the file; what is computed is a float layer. (Along axis 0: of a
+    transposed convolution, that are its inputs.)
+    """
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "convolution"})
+    operator: ClassVar[str] = "mopt::widen_int8"
+
+    @property
+    def name(self) -> str:
+        return "int8-stored"
+
+    @property
+    def kernels(self) -> frozenset[tuple[str, str]]:
+        return frozenset({("onnx", "cpu")})
+
+    @classmethod
+    def parse(cls, name: str) -> Int8Stored | None:
+        return cls() if name == "int8-stored" else None
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        return ("int8-stored",)
+
+    def place(self, program: Program, layer: Layer, encoded: Encoded) -> None:
+        nodes = store(program, layer, encoded)
+        for call in layer.calls:
+            old = call.args[1]
+            tensors = (nodes["codes"], nodes["scales"])
+            wide = program.insert_call(torch.ops.mopt.widen_int8.default, tensors, like=call)
+            call.replace_input_with(old, wide)
+            if not old.users:
+                program.graph.erase_node(old)
+        record(program, layer, self.name)
+
+    def _stored(self, scales: Tensor) -> Tensor:
+        return scales.float().reshape(-1)

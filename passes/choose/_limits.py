@@ -175,7 +175,7 @@ def make_problem(
                 option.name,
                 {
                     "size": option.size_bytes,
-                    "memory": option.size_bytes,
+                    "memory": option.memory_bytes,
                     "latency": learned.latency(option, original),
                     "loss": learned.loss * option.loss,
                 },

@@ -14,6 +14,7 @@ from mopt.errors import UsageError
 from mopt.flops import size_hint
 from mopt.formats import find_format
 from mopt.formats.base import argument
+from mopt.formats.int_blocks import IntBlocks
 from mopt.layers import Layer, find_layers
 from mopt.machine import machine_fingerprint
 from mopt.program import Program
@@ -32,6 +33,7 @@ class Option:
     ``loss`` is filled in once it is known; ``loss_source`` says how: exact or estimated.
     ``latency_source`` is measured where this very layer was timed in this format, else estimated.
     ``border_ms`` is the part of the time that converts values for neighbours computed in float.
+    ``memory_bytes`` are those of the weights while the model runs.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Option:
     loss_source: str = "exact"
     latency_source: str = "estimated"
     border_ms: float = 0.0
+    memory_bytes: float = 0.0
 
 
 @dataclass
@@ -99,18 +102,18 @@ def read_sites(program: Program, selects: Any, min_size: int) -> tuple[list[Site
 
 
 def format_names(
-    kind: str, *, given: Sequence[str], with_static: bool, with_half: bool
+    kind: str, *, given: Sequence[str], with_static: bool, with_stored: bool
 ) -> list[str]:
     """The formats to consider for a kind of layer; ``given`` are the user's own."""
     if given:
         return [name for name in given if kind in find_format(name).kinds]
     suffix = "" if _adds_without_saturation() else "-reduced"
     static = [f"int8-qdq{suffix}"] if with_static else []
-    half = ["fp16"] if with_half else []
+    half = ["fp16"] if with_stored else []
     if kind == "embedding":
         return ["int8-row", *half]
     if kind == "convolution":
-        return [*static, *half]
+        return [*static, *(["int8-stored"] if with_stored else []), *half]
     grouped = ["int8-g128", "int4-g32", "int4-g128"]
     return [f"int8-dynamic{suffix}", *grouped, *static, *half]
 
@@ -144,7 +147,10 @@ def fill_options(
             latency += found[0]
             levels.add(found[1])
         bytes_ = _bytes(program, one, {})
-        one.options.append(Option(ORIGINAL, {}, bytes_, latency, latency_source=_worst(levels)))
+        source = _worst(levels)
+        one.options.append(
+            Option(ORIGINAL, {}, bytes_, latency, latency_source=source, memory_bytes=bytes_)
+        )
         total += latency
     for one in sites:
         wanted = dict.fromkeys(name for layer in one.layers for name in names[layer.kind])
@@ -190,8 +196,13 @@ def _add_option(
             return
         formats[layer.path] = own
     source = _worst(levels)
-    option = Option(name, formats, _bytes(program, one, formats), latency, 0.0, "exact", source,
-                    max(border, 0.0))  # fmt: skip
+    size = _bytes(program, one, formats)
+    widened = any(_is_widened(layer, call, formats[layer.path])
+                  for layer in one.layers for call in layer.calls)  # fmt: skip
+    option = Option(
+        name, formats, size, latency, latency_source=source, border_ms=max(border, 0.0),
+        memory_bytes=one.options[0].memory_bytes if widened else size,
+    )  # fmt: skip
     # Between neighbours in 8 bits nothing is converted: the choice as a whole tells.
     if latency - border > one.options[0].latency_ms + noise and not allow_slower:
         one.refuse_slower(option, f"{source} slower", latency - border)
@@ -240,12 +251,19 @@ def _latency(
 
 
 def _request(layer: Layer, call: Any, name: str, one: Sites) -> LayerRequest:
-    # 16-bit weights are widened when the model is loaded: the runtime multiplies floats.
-    name = "fp32" if name in ("fp16", "bf16") else name
+    name = "fp32" if _is_widened(layer, call, name) else name
     sharers = sum(other.kind == "linear" for other in one.layers) if layer.kind == "linear" else 1
     return LayerRequest(
         layer.kind, tuple(layer.shape), name, _rows(layer, call), _geometry(layer, call), sharers
     )
+
+
+def _is_widened(layer: Layer, call: Any, name: str) -> bool:
+    """Whether weights are widened when the model is loaded: the runtime multiplies floats."""
+    if name in ("fp16", "bf16", "int8-stored"):
+        return True
+    form = find_format(name) if name not in (ORIGINAL, "fp32") else None
+    return isinstance(form, IntBlocks) and not form.pays_off(_rows(layer, call), layer.shape)
 
 
 def _rows(layer: Layer, call: Any) -> int:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from mopt.formats import GridFormat, find_format
 from mopt.formats.base import require_finite
+from mopt.formats.int_blocks import IntBlocks
 from mopt.layers import find_layers
 from mopt.pass_base import PassContext
 from mopt.passes.choose._options import STATIC
@@ -14,16 +15,25 @@ from mopt.program import Program
 from mopt.registry import make_pass
 
 
-def place(program: Program, formats: Mapping[str, str], ctx: PassContext) -> None:
+def place(
+    program: Program, formats: Mapping[str, str], ctx: PassContext, *, fitted: bool = False
+) -> None:
     """Encode the layers named in ``formats`` (path: format), rounding to nearest.
 
-    Layers with 8-bit values between them need the ranges of those values, found on calibration
-    data; they are placed together, last, so that their neighbours are as they will be.
+    ``fitted`` rounds weights in blocks so that columns make up for each other's errors on the
+    calibration data. Layers with 8-bit values between them need the ranges of those values, found
+    on calibration data; they are placed together, last, so that their neighbours are as they will
+    be.
     """
     static = [path for path, name in formats.items() if name in STATIC]
+    left = {path: name for path, name in formats.items() if name not in STATIC}
+    if fitted:
+        for name in dict.fromkeys(filter(is_fitted, left.values())):
+            _place_fitted(program, [p for p, n in left.items() if n == name], name, ctx)
+        left = {path: name for path, name in left.items() if not is_fitted(name)}
     for layer in find_layers(program):
-        name = formats.get(layer.path)
-        if name is None or name in STATIC:
+        name = left.get(layer.path)
+        if name is None:
             continue
         weight = program.weight(layer.weight)
         require_finite(weight, layer.path, layer.source)
@@ -36,6 +46,23 @@ def place(program: Program, formats: Mapping[str, str], ctx: PassContext) -> Non
                    "reduce_range": formats[static[0]].endswith("reduced")}  # fmt: skip
         program.refresh()
         make_pass("quantize-static", options).run(program, replace(ctx, observations=()))
+
+
+def is_fitted(name: str) -> bool:
+    """Whether a format's codes can be fitted to calibration data."""
+    return isinstance(find_format(name), IntBlocks)
+
+
+def _place_fitted(program: Program, paths: list[str], name: str, ctx: PassContext) -> None:
+    form = find_format(name)
+    assert isinstance(form, IntBlocks)
+    options = {
+        "layers": ",".join(_literal(path) for path in paths), "bits": form.width,
+        "group": form.group, "symmetric": not form.asymmetric, "activations": form.activations,
+        "min_size": 0,
+    }  # fmt: skip
+    make_pass("quantize-gptq", options).run(program, replace(ctx, observations=()))
+    program.refresh()
 
 
 def _literal(path: str) -> str:

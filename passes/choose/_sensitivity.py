@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -24,7 +24,16 @@ from mopt.program import Program
 from mopt.quality import DriftMeter, evaluate_metric
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-Place = Callable[[Program, Mapping[str, str], PassContext], None]
+
+
+class Place(Protocol):
+    """Puts formats into a program; ``fitted`` rounds on calibration data where it can."""
+
+    def __call__(
+        self, program: Program, formats: Mapping[str, str], ctx: PassContext, *, fitted: bool = ...
+    ) -> None: ...
+
+
 # Values kept between layers so that a swap runs only what comes after it.
 _KEEP_BYTES = 1 << 30
 _SOURCES = (__file__, str(Path(__file__).with_name("_place.py")))
@@ -55,14 +64,14 @@ class Losses:
         self._base_metric: Any = None
         self._key: dict[str, Any] | None = None
 
-    def exact(self, formats: Mapping[str, str]) -> float:
+    def exact(self, formats: Mapping[str, str], *, fitted: bool = False) -> float:
         """The loss with these formats (by layer path) in place of the originals."""
         cache = self.ctx.cache
         if cache is None:
-            return self._measure(formats)
+            return self._measure(formats, fitted)
         before = self.measured
-        key = {**self._what(), "formats": dict(formats)}
-        value = float(cache.remember("sensitivity", key, lambda: self._measure(formats)))
+        key = {**self._what(), "formats": dict(formats), "fitted": fitted}
+        value = float(cache.remember("sensitivity", key, lambda: self._measure(formats, fitted)))
         self.cached += self.measured == before
         return value
 
@@ -82,11 +91,11 @@ class Losses:
             }
         return self._key
 
-    def _measure(self, formats: Mapping[str, str]) -> float:
+    def _measure(self, formats: Mapping[str, str], fitted: bool) -> float:
         self.ctx.check_time(f"measuring what {next(iter(formats.values()), 'nothing')} costs")
         self.measured += 1
         changed = self.program.copy()
-        self.place(changed, formats, self._context())
+        self.place(changed, formats, self._context(), fitted=fitted)
         changed.graph_module.recompile()
         if self.loss == "metric":
             assert self.ctx.evaluate is not None

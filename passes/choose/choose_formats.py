@@ -38,11 +38,14 @@ from mopt.passes.choose._options import (
     read_sites,
     requests,
 )
-from mopt.passes.choose._place import place
+from mopt.passes.choose._place import is_fitted, place
 from mopt.passes.choose._program import Problem, Solution
 from mopt.passes.choose._sensitivity import Losses, estimate
 from mopt.passes.choose._solver import solve
 from mopt.program import Program
+
+# Groups in which fitted codes are compared with rounding to nearest, per format.
+_FITTED_SAMPLE = 3
 
 
 @register_pass("choose-formats", numerics=Numerics.LOSSY)
@@ -84,6 +87,10 @@ class ChooseFormats(Pass):
     batches: int = option(1, min=1, help="calibration batches that losses are measured on")
     exact_tflop: float = option(0.6, min=0, help="work that auto spends on exact losses, in TFLOP")
     pairs: int = option(32, min=0, help="most pairs of neighbours whose joint loss is measured")
+    rounding: str = option(
+        "auto", choices=("auto", "nearest", "fitted"),
+        help="codes of weights in blocks; auto: fitted to calibration data where there is some",
+    )  # fmt: skip
     gap: float = option(0.001, min=0, max=1, help="how far from the best the choice may be")
     seconds: float = option(60.0, min=0.1, help="time limit of the solver")
     min_size: int = option(4096, min=0, help="leave layers with fewer weights alone")
@@ -95,6 +102,8 @@ class ChooseFormats(Pass):
 
     def requires(self, program: Program, ctx: PassContext) -> str | None:
         budget = ctx.budget or Budget()
+        if self.rounding == "fitted" and ctx.calibration is None:
+            return "rounding='fitted' needs calibration data; pass calibration=... (or --calib)"
         if self.loss == "metric" and ctx.evaluate is None:
             return "loss='metric' needs a metric; pass evaluate=... (or --eval)"
         if program.path and any(not c.relative for c in budget.constraints):
@@ -122,7 +131,7 @@ class ChooseFormats(Pass):
             for one, index in zip(sites, solution.choice, strict=True)
             for path, name in one.options[index].formats.items()
         }
-        place(program, chosen, ctx)
+        place(program, chosen, ctx, fitted=self._fits(ctx))
         kept = {p: n for p, n in program.plan.get("formats", {}).items() if p in chosen}
         program.plan["choice"] = {
             **explain(sites, left, problem, solution, limits, learned),
@@ -184,7 +193,7 @@ class ChooseFormats(Pass):
         static = ctx.calibration is not None
         names = {
             kind: format_names(
-                kind, given=self._given(), with_static=static, with_half=asks_for_size(budget)
+                kind, given=self._given(), with_static=static, with_stored=asks_for_size(budget)
             )
             for kind in kinds
         }
@@ -222,11 +231,16 @@ class ChooseFormats(Pass):
             together = interactions(sites, losses.exact, most)
         else:
             error = self._estimate_losses(program, ctx, sites, losses, exact, kind)
+        if self._fits(ctx):
+            _scale_to_fitted(sites, losses, ctx)
         return {
             "loss": kind, "batches": len(calls), "exact": losses.measured, "cached": losses.cached,
             "estimated": sum(option_.loss_source == "estimated" for _, option_ in work),
             "estimate_error": error, "pairs": len(together),
         }, together  # fmt: skip
+
+    def _fits(self, ctx: PassContext) -> bool:
+        return self.rounding != "nearest" and ctx.calibration is not None
 
     def _exact_share(self, program: Program, swaps: int, batches: int) -> float:
         """The share of swaps to measure exactly; decided by work, which no clock disturbs."""
@@ -268,6 +282,21 @@ class ChooseFormats(Pass):
                 if option_.loss_source == "estimated":
                     option_.loss *= math.exp(median(logs.get(option_.name) or [middle]))
         return _held_out_error(logs)
+
+
+def _scale_to_fitted(sites: Sequence[Sites], losses: Losses, ctx: PassContext) -> None:
+    """Losses of rounding to nearest, times what fitting leaves of them in a sample of groups."""
+    names = dict.fromkeys(o.name for one in sites for o in one.options[1:])
+    for name in filter(is_fitted, names):
+        found = [o for one in sites for o in one.options if o.name == name and o.loss > 0]
+        ratios = []
+        for index in sorted(_spread(len(found), _FITTED_SAMPLE)):
+            ctx.progress.step(len(ratios), _FITTED_SAMPLE, f"groups fitted in {name}")
+            fitted = losses.exact(found[index].formats, fitted=True)
+            ratios.append(fitted / losses.exact(found[index].formats))
+        for option_ in found:
+            option_.loss *= median(ratios)
+            option_.loss_source = "estimated"
 
 
 def _spread(total: int, wanted: int) -> set[int]:

@@ -60,7 +60,8 @@ def test_recipes_list_and_show_gives_toml_back(mopt: Call) -> None:
     assert shown.code == 0
     assert Recipe.from_toml(shown.out) == Recipe.load("int4-weight")
     full = Recipe.from_toml(mopt("recipes", "show", "int4-weight", "--full").out)
-    assert dict(full.specs[-2].options)["activations"] == "int8"
+    (weights,) = [spec for spec in full.specs if spec.name == "quantize-weights"]
+    assert weights.options["activations"] == "int8"
     assert "did you mean 'int4-weight'?" in mopt("recipes", "show", "int4-weigth").err
 
 
