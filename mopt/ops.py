@@ -12,6 +12,8 @@ Importing this module registers the operators; nothing else happens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -268,6 +270,46 @@ def _(
     return codes.new_empty((codes.shape[0], columns), dtype=torch.float32)
 
 
+@torch.library.custom_op("mopt::grouped_linear_nbits", mutates_args=())
+def grouped_linear_nbits(
+    x: Tensor,
+    ends: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    bits: Sequence[int],
+    in_features: int,
+    activations: str,
+) -> Tensor:
+    """Rows ``x[ends[e - 1]:ends[e]]`` times the weight of expert e, transposed.
+
+    ``x`` (S, K) float, sorted by expert; ``ends`` integer (E), never falling, the last one S;
+    ``codes[e]`` and ``scales[e]`` are those of ``mopt::linear_nbits`` without zero points or bias,
+    in ``bits[e]`` bits. The result is (S, N).
+    """
+    result = x.new_zeros(x.shape[0], codes[0].shape[0])
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        result[start:end] = linear_nbits(
+            x[start:end], codes[expert], scales[expert], None, None, bits[expert], in_features,
+            activations,
+        )  # fmt: skip
+        start = end
+    return result
+
+
+@grouped_linear_nbits.register_fake
+def _(
+    x: Tensor,
+    ends: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    bits: Sequence[int],
+    in_features: int,
+    activations: str,
+) -> Tensor:
+    return x.new_empty((x.shape[0], codes[0].shape[0]))
+
+
 OPERATORS = frozenset(
     {
         "linear_nbits",
@@ -277,5 +319,6 @@ OPERATORS = frozenset(
         "embedding_int8",
         "widen",
         "decode_levels",
+        "grouped_linear_nbits",
     }
 )

@@ -105,6 +105,11 @@ class Stream:
             rows += len(flat)
         return total / max(rows, 1)
 
+    def replace_value(self, node: fx.Node, tensor: Tensor) -> None:
+        """Let the nodes still to come see ``tensor`` as the value of ``node`` in every batch."""
+        for batch in self._batches:
+            batch[node] = tensor
+
     def shift(self, node: fx.Node, offset: Tensor) -> None:
         """Add ``offset`` to the value of ``node`` in every batch, for the nodes still to come."""
         for batch in self._batches:

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from mopt.formats import Grid, GridFormat
 from mopt.formats.grid import SCALE_FLOOR
+from mopt.second_order import inverse_factor, output_error
 
 _BLOCK = 128
-_MOST_DAMPING = 0.1
 # A code moves only if that lowers the error by more than rounding noise of the sums behind it.
 _SMALLEST_GAIN = 1e-6
 
@@ -70,7 +70,7 @@ def round_with_feedback(
     order = torch.arange(len(h), device=h.device)
     if by_activation:
         order = torch.argsort(torch.where(dead, 0, diagonal), descending=True, stable=True)
-    factor, used = _inverse_factor(h, order, damping, scale)
+    factor, used = inverse_factor(h, order, damping, scale)
     group = form.group_of(w.shape[1])
     if factor is None or used is None:
         nearest = form.quantize_columns(w, grid, group, 0)
@@ -84,31 +84,6 @@ def round_with_feedback(
             break
         result = better
     return result
-
-
-def output_error(difference: Tensor, moment: Tensor) -> float:
-    """tr(D H D^T): the squared error of the outputs per row of inputs."""
-    d = difference.double()
-    return float(((d @ moment.double()) * d).sum())
-
-
-def _inverse_factor(
-    h: Tensor, order: Tensor, damping: float, scale: float
-) -> tuple[Tensor | None, float | None]:
-    """U with inverse(H + damping) = U^T U, columns in ``order``, and the damping it took."""
-    ordered = h[order][:, order]
-    identity = torch.eye(len(h), dtype=h.dtype, device=h.device)
-    tried = damping
-    while True:
-        lower, failed = torch.linalg.cholesky_ex(ordered + tried * scale * identity)
-        if not bool(failed):
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not bool(failed) and bool(torch.isfinite(upper).all()):
-                return upper, tried
-        if tried >= _MOST_DAMPING:
-            return None, None
-        tried = min(max(tried * 10, 1e-4), _MOST_DAMPING)
 
 
 def _feed_back(

@@ -59,7 +59,7 @@ class QuantizeQat(Pass):
         "output", choices=("output", "mse", "min-max"), help="what scales minimize at first"
     )
     steps: int = option(200, min=1, help="training steps per block")
-    rate: float = option(0.003, min=0, max=1, help="learning rate of weights and zero points")
+    rate: float = option(0.01, min=0, max=1, help="learning rate of weights and zero points")
     scale_rate: float = option(0.002, min=0, max=1, help="learning rate of scales, as a share")
     activations: str = option(
         "int8", choices=("int8", "float"), help="whether a kernel may round the input to 8 bits"

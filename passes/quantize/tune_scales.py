@@ -49,7 +49,7 @@ class TuneScales(Pass):
     """
 
     steps: int = option(100, min=1, help="training steps, a calibration batch each")
-    rate: float = option(0.002, min=0, max=1, help="learning rate of scales, as a share")
+    rate: float = option(0.004, min=0, max=1, help="learning rate of scales, as a share")
 
     def requires(self, program: Program, ctx: PassContext) -> str | None:
         return NEEDS_DATA if ctx.calibration is None else None

@@ -76,6 +76,15 @@ def test_means_agree_on_the_calibration_data(
     assert float(after.max()) < 0.5 * float(before.max())
 
 
+def test_layers_with_static_ranges_keep_their_integer_kernel() -> None:
+    program, data = two_layers(bias=False), [shifted(64)]
+    static = ("quantize-static", {"min_size": 0})
+    kept = run_with(program, data, static, ("correct-bias", {"smallest": 0.0}))
+    assert kept.text() == run_with(program, data, static).text()
+    skipped = {skip.site: skip.reason for skip in kept.steps[-1].skipped}
+    assert skipped == dict.fromkeys(("0", "2"), "its integer kernel takes no float bias")
+
+
 def test_new_inputs_gain_too() -> None:
     program, data = two_layers(bias=True), [shifted(64, seed=s) for s in range(3)]
     fresh = shifted(500, seed=9)
