@@ -1,34 +1,43 @@
-"""Give buffers offsets in one memory: the least peak, or a layout within a capacity.
+"""Plan memory: offsets for buffers, an arena for a model, or what a small fast memory holds.
 
-BUFFERS is a CSV file with the columns id, lower, upper and size, and where needed alignment, gaps,
-offset (fixed) and hint: the format of the public MiniMalloc instances. A buffer is alive from step
-lower to before step upper. The result is the same table with the offsets as last column.
+TARGET is a table of buffers (a CSV file) or a MODEL as mopt compile takes it.
 
-Exit code 1 says that the buffers do not fit, or that no layout was found in time.
+\b
+- Buffers get offsets in one memory: the least peak, or a layout within --capacity. Columns are id,
+  lower, upper and size, and where needed alignment, gaps, offset (fixed) and hint: the format of
+  the public MiniMalloc instances. A buffer is alive from step lower to before step upper.
+- A model is captured, and the order of its calls and the offset of every result planned for a
+  device that keeps inputs, outputs and everything between in one arena.
+- A model with --fast-memory, or -t with a device: what lies in a fast memory of that size when,
+  and what moves between it and a slow one, weights included.
+
+Models are planned at the sizes of their example inputs. What an artifact of the eager backend needs
+is planned by mopt compile --backend eager --recipe least-memory. Exit code 1 says that buffers do
+not fit, or that no layout was found in time.
 
 \b
 Examples:
-  mopt plan buffers.csv
   mopt plan buffers.csv --capacity 1MiB -o solution.csv
+  mopt plan zoo:unet2d -o plan.json --header plan.h
+  mopt plan zoo:mobilenet-v2 --fast-memory 25%
+  mopt plan zoo:gpt-12x768 -t h200 --fast-memory 200MiB
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import click
 
 from mopt.cli._command import Command, option
-from mopt.cli._output import Column, Output
-from mopt.cli._text import memory_size, plural, seconds
-from mopt.errors import BudgetNotMet
+from mopt.cli._output import Output
+from mopt.cli._plan_buffers import plan_buffers
+from mopt.errors import UsageError
 from mopt.quantity import read_bytes
 
-if TYPE_CHECKING:
-    from mopt.memory import MemoryPlan, MemoryProblem
-
-# Buffers named in a message.
-_SHOWN = 6
+# Files that are models though they are files.
+_MODELS = (".py", ".pt2")
 
 
 class _Bytes(click.ParamType):
@@ -47,134 +56,69 @@ class _Bytes(click.ParamType):
 
 
 @click.command(cls=Command, help=__doc__)
-@click.argument("buffers", metavar="BUFFERS.csv")
-@option("--capacity", type=_Bytes(), metavar="N", help="Bytes to fit into: 65536, 64KiB, 1.5MB.")
-@click.option("-o", "--output", metavar="FILE.csv", help="Where the buffers and offsets go.")
+@click.argument("target", metavar="TARGET")
+@click.option(
+    "-o", "--output", metavar="FILE", help="Where the solution (CSV) or plan (JSON) goes."
+)
 @option(
     "--time-limit", type=click.FloatRange(min=0, min_open=True), default=30.0, metavar="S",
-    show_default=True, help="Seconds to look for a better layout or a proof.",
+    show_default=True, help="Seconds to look for a better plan or a proof.",
 )  # fmt: skip
 @option("--seed", type=int, default=0, metavar="N", help="Of the disturbed orders that are tried.")
+@option("--capacity", type=_Bytes(), metavar="N", help="Buffers: bytes to fit into, such as 64KiB.")
+@option("--inputs", metavar="FILE.npz", help="Model: example inputs.")
+@click.option("--trust", is_flag=True, help="Model: load a .pt2, which runs code from the file.")
+@click.option("--header", metavar="FILE.h", help="Model: where a C header with all buffers goes.")
+@click.option(
+    "--tflm", metavar="FILE.bin", help="Model: where offsets for TensorFlow Lite Micro go."
+)
+@option("--fast-memory", metavar="N|SHARE", help="Model: its size, 8MiB or 25% of all bytes.")
+@option("-t", "--target", "device", metavar="DEVICE", help="Model: a device with two memories.")
+@option(
+    "--minimise", type=click.Choice(["bytes", "time"]), default="bytes", show_default=True,
+    help="Fast memory: bytes moved, or estimated time.",
+)  # fmt: skip
+@click.option("--no-weights", is_flag=True, help="Fast memory: weights lie in one of their own.")
 @click.pass_obj
 def command(
     out: Output,
-    buffers: str,
-    capacity: int | None,
+    target: str,
     output: str | None,
     time_limit: float,
     seed: int,
-) -> None:
-    _plan_buffers(out, buffers, capacity, output, time_limit, seed)
-
-
-def _plan_buffers(
-    out: Output,
-    source: str,
     capacity: int | None,
-    output: str | None,
-    time_limit: float,
-    seed: int,
+    **model: Any,
 ) -> None:
-    """Read CSV, place, check, and write CSV if it fits."""
-    from mopt.disk import check_writable
-    from mopt.files import write_file_atomic
-    from mopt.memory_check import require_legal
-    from mopt.memory_csv import read_buffers, solution_csv
-    from mopt.registry import find_placement
+    if _is_table(target):
+        _refuse(target, "a table of buffers", model)
+        plan_buffers(out, target, capacity, output, time_limit, seed)
+        return
+    _refuse(target, "a model", {"capacity": capacity})
+    from mopt.cli._plan_model import plan_arena, plan_moves
 
-    problem = read_buffers(source, capacity)
-    if output is not None:
-        check_writable(output)
-    out.doing = "planning"
-    plan = find_placement()(problem, time_limit=time_limit, seed=seed)
-    require_legal(problem, plan)
-    if plan.fits and output is not None:
-        write_file_atomic(output, solution_csv(problem, plan).encode())
-    if out.as_json:
-        written = output if plan.fits else None
-        out.document({"source": source, "capacity": capacity, "output": written, **plan.to_data()})
-    elif plan.fits:
-        _show(out, source, problem, plan, output)
-    if not plan.fits:
-        raise _does_not_fit(problem, plan)
+    if model["fast_memory"] is None and model["device"] is None:
+        _refuse(target, "planned for one arena", {"no_weights": model["no_weights"]})
+        plan_arena(out, target, model, output, time_limit, seed)
+        return
+    _refuse(target, "planned for two memories", {k: model[k] for k in ("header", "tflm")})
+    plan_moves(out, target, model, output, time_limit, seed)
 
 
-def _show(
-    out: Output, source: str, problem: MemoryProblem, plan: MemoryPlan, output: str | None
-) -> None:
-    if not out.quiet:
-        if out.verbose:
-            columns = [Column("buffer"), *(Column(n, right=True) for n in _NUMBERS)]
-            out.table(
-                columns,
-                [
-                    [b.id, *map(str, (b.lower, b.upper, b.size, plan.offsets[b.id]))]
-                    for b in problem.buffers
-                ],
+def _is_table(target: str) -> bool:
+    path = Path(target)
+    return path.suffix.lower() == ".csv" or (path.is_file() and path.suffix not in _MODELS)
+
+
+def _refuse(target: str, what: str, options: dict[str, Any]) -> None:
+    """UsageError where an option was given that means nothing here."""
+    context = click.get_current_context()
+    default = click.core.ParameterSource.DEFAULT
+    names = {"device": "-t"}
+    for name in options:
+        if context.get_parameter_source(name) is not default:
+            flag = names.get(name, "--" + name.replace("_", "-"))
+            raise UsageError(
+                f"{flag} has no meaning where {target!r} is {what}",
+                code="option-without-meaning",
+                hint="mopt plan --help says which options go together",
             )
-            out.text()
-        out.text(f"{source}: {plural(len(problem.buffers), 'buffer')}", bold=True)
-        out.text(f"  peak     {_bytes(plan.peak)}")
-        out.text(f"  bound    {_bytes(plan.lower_bound)}{_bound_source(plan)}")
-        if problem.capacity is not None:
-            out.text(f"  capacity {_bytes(problem.capacity)}")
-        if plan.solver != "none":
-            nodes = f", {plan.nodes:,} nodes" if plan.nodes else ""
-            over = ", when time ran out" if plan.timed_out else ""
-            out.text(f"  found    by {plan.solver}{nodes}, in {seconds(plan.seconds)}{over}")
-    if plan.gap == 0:
-        proof = "proved least"
-    else:
-        proof = f"at most {plan.gap:.2%} above the least"
-    where = f", written to {output}" if output is not None else ""
-    out.text(f"{plural(len(problem.buffers), 'buffer')} in {plan.peak:,} bytes, {proof}{where}")
-
-
-_NUMBERS = ("lower", "upper", "size", "offset")
-
-
-def _bytes(count: int) -> str:
-    return f"{count:,} bytes" if count < 1024 else f"{count:,} bytes ({memory_size(count)})"
-
-
-def _bound_source(plan: MemoryPlan) -> str:
-    if plan.binding is None or plan.binding.bytes < plan.lower_bound:
-        return ", proved by search"
-    alive = plural(len(plan.binding.ids), "buffer")
-    return f", {alive} alive in {_steps(plan)}" if plan.binding.ids else ""
-
-
-def _steps(plan: MemoryPlan) -> str:
-    assert plan.binding is not None
-    lower, upper = plan.binding.lower, plan.binding.upper
-    return f"step {lower}" if upper == lower + 1 else f"steps {lower} to {upper - 1}"
-
-
-def _does_not_fit(problem: MemoryProblem, plan: MemoryPlan) -> BudgetNotMet:
-    """Why, and which moment and buffers bind."""
-    sizes = {b.id: b.size for b in problem.buffers}
-    assert plan.binding is not None
-    ids = sorted(plan.binding.ids, key=lambda name: -sizes[name])
-    shown = ", ".join(f"{name} ({sizes[name]:,})" for name in ids[:_SHOWN])
-    more = f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else ""
-    moment = f"in {_steps(plan)}, {plan.binding.bytes:,} bytes are needed at once: {shown}{more}"
-    if plan.status == "infeasible":
-        capacity = f"{problem.capacity:,} bytes"
-        if plan.binding.bytes == plan.lower_bound:
-            return BudgetNotMet(
-                f"the buffers do not fit into {capacity}: {moment}",
-                code="does-not-fit",
-                hint=f"pass --capacity {plan.lower_bound} or more, or shorten a lifetime",
-            )
-        return BudgetNotMet(
-            f"no layout fits into {capacity}, proved by search: at least {plan.lower_bound:,} "
-            f"bytes are needed. {moment[0].upper()}{moment[1:]}",
-            code="does-not-fit",
-            hint=f"the best layout found needs {plan.peak:,} bytes",
-        )
-    return BudgetNotMet(
-        f"no layout within {problem.capacity:,} bytes was found in {seconds(plan.seconds)}, and "
-        f"none was ruled out: the best one needs {plan.peak:,}. {moment[0].upper()}{moment[1:]}",
-        code="no-layout-in-time",
-        hint="raise --time-limit, or the capacity",
-    )

@@ -138,7 +138,7 @@ def written_nodes(program: Program) -> set[fx.Node]:
     if not writers:
         return set()
     root = memory_roots(program)
-    spoiled = {root[target] for node in writers for target in _written_by(node)}
+    spoiled = {root[target] for node in writers for target in written_by(node)}
     return {node for node in program.graph.nodes if root[node] in spoiled}
 
 
@@ -151,7 +151,8 @@ def may_write(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
-def _written_by(node: fx.Node) -> list[fx.Node]:
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """The arguments that a call may write to."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return list(node.all_input_nodes)
     written: list[fx.Node] = []
