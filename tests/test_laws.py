@@ -158,7 +158,9 @@ def recipes(draw: Callable[[Any], Any]) -> Recipe:
         for key, value in make_pass(name, {}).options().items():
             if draw(st.booleans()):
                 new = draw(_option_values(key, value))
-                lines.append(f"{key} = {new if isinstance(new, int) else _quoted(new)}")
+                lines.append(
+                    f"{key} = {str(new).lower() if isinstance(new, int) else _quoted(new)}"
+                )
     return Recipe.from_toml("\n".join(lines))
 
 

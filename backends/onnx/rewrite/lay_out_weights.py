@@ -1,4 +1,4 @@
-"""Weights whose only use is transposed are stored transposed."""
+"""Weights that are only read transposed, or widened and transposed, are stored transposed."""
 
 from __future__ import annotations
 
@@ -17,17 +17,44 @@ def rewrite(model: ir.Model) -> int:
     changed = 0
     for weight in list(model.graph.initializers.values()):
         readers = [use.node for use in weight.uses()]
-        if not readers or not all(_is_transpose(node) for node in readers):
+        # Codes are widened first: what is transposed are the results.
+        widened = [node for node in readers if _is_dequantize(node, weight)]
+        turned = [use.node for node in widened for use in node.outputs[0].uses()] or readers
+        if (widened and len(widened) < len(readers)) or weight.is_graph_output():
             continue
-        permutations = {tuple(node.attributes["perm"].as_ints()) for node in readers}
-        if len(permutations) != 1 or weight.is_graph_output():
+        permutation = _permutation(turned)
+        if permutation is None:
             continue
-        stored = _replaced(model.graph, weight, permutations.pop())
-        for node in readers:
-            node.outputs[0].replace_all_uses_with(stored)
+        stored = _replaced(model.graph, weight, permutation)
+        for node in widened:
+            axis = node.attributes["axis"].as_int()
+            node.attributes["axis"] = ir.AttrInt64("axis", permutation.index(axis))
+            node.replace_input_with(0, stored)
+            node.outputs[0].shape = stored.shape
+        for node in turned:
+            source = node.inputs[0] if widened else stored
+            assert source is not None
+            node.outputs[0].replace_all_uses_with(source)
             model.graph.remove(node, safe=True)
         changed += 1
     return changed
+
+
+def _permutation(nodes: list[ir.Node]) -> tuple[int, ...] | None:
+    """The order that all of them bring the axes into; None if they are not alike, or none."""
+    if not nodes or not all(_is_transpose(node) for node in nodes):
+        return None
+    found = {tuple(node.attributes["perm"].as_ints()) for node in nodes}
+    return found.pop() if len(found) == 1 else None
+
+
+def _is_dequantize(node: ir.Node, weight: ir.Value) -> bool:
+    """Whether a node widens these codes with a scale per index of one axis."""
+    if node.op_type != "DequantizeLinear" or node.domain or node.inputs[0] is not weight:
+        return False
+    scale = node.inputs[1]
+    per_axis = scale is not None and scale.shape is not None and len(scale.shape) == 1
+    return per_axis and "axis" in node.attributes and not node.outputs[0].is_graph_output()
 
 
 def _is_transpose(node: ir.Node) -> bool:

@@ -78,7 +78,7 @@ def test_means_agree_on_the_calibration_data(
 
 def test_layers_with_static_ranges_keep_their_integer_kernel() -> None:
     program, data = two_layers(bias=False), [shifted(64)]
-    static = ("quantize-static", {"min_size": 0})
+    static: tuple[str, dict[str, object]] = ("quantize-static", {})
     kept = run_with(program, data, static, ("correct-bias", {"smallest": 0.0}))
     assert kept.text() == run_with(program, data, static).text()
     skipped = {skip.site: skip.reason for skip in kept.steps[-1].skipped}
