@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--batches", default="1,16")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rows", default="*", help="globs of candidates (a,b); ORT's need plain export")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", default="benchmarks/results/inference.json")
     options = parser.parse_args()
@@ -78,7 +80,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     for name in options.models.split(","):
         with tempfile.TemporaryDirectory() as scratch:
-            results[name] = run_model(name, batches, options.rounds, options.threads, Path(scratch))
+            results[name] = run_model(name, batches, options, Path(scratch))
         print(markdown(name, results[name], batches), flush=True)
     document = {
         "command": "python " + " ".join(sys.argv),
@@ -94,9 +96,9 @@ def main() -> None:
 
 
 def run_model(
-    name: str, batches: list[int], rounds: int, threads: int, scratch: Path
+    name: str, batches: list[int], options: argparse.Namespace, scratch: Path
 ) -> dict[str, Any]:
-    """All candidates of one model."""
+    """The wanted candidates of one model."""
     entry = models.load(name)
     module = entry.build()
     dynamic = entry.dynamic_shapes() if entry.dynamic_shapes else None
@@ -115,13 +117,15 @@ def run_model(
         inputs[batch] = path
     reference = [t.numpy() for t in program.run_flat(*program.args, **program.kwargs)]
     candidates: list[Candidate] = []
-    for build in builders(name, program, calibration, scratch, inputs, threads):
+    for build in builders(name, program, calibration, scratch, inputs, options.threads):
+        if not any(fnmatch(getattr(build, "label", ""), glob) for glob in options.rows.split(",")):
+            continue
         try:
             candidates.append(build())
         except Exception as error:  # a peer may fail in any way: that is a result
             label = getattr(build, "label", "?")
             candidates.append(Candidate(label, error=f"{type(error).__name__}: {error}"[:200]))
-    take_samples([c for c in candidates if not c.error], list(inputs), rounds)
+    take_samples([c for c in candidates if not c.error], list(inputs), options.rounds)
     rows = {}
     for candidate in candidates:
         row: dict[str, Any] = {"error": candidate.error, "size_bytes": candidate.size_bytes}

@@ -32,9 +32,9 @@ def place(
             _place_fitted(program, [p for p, n in left.items() if n == name], name, ctx)
         left = {path: name for path, name in left.items() if not is_fitted(name)}
     for layer in find_layers(program):
-        name = left.get(layer.path)
-        if name is None:
+        if layer.path not in left:
             continue
+        name = left[layer.path]
         weight = program.weight(layer.weight)
         require_finite(weight, layer.path, layer.source)
         format_ = find_format(name)

@@ -289,7 +289,7 @@ def _scale_to_fitted(sites: Sequence[Sites], losses: Losses, ctx: PassContext) -
     names = dict.fromkeys(o.name for one in sites for o in one.options[1:])
     for name in filter(is_fitted, names):
         found = [o for one in sites for o in one.options if o.name == name and o.loss > 0]
-        ratios = []
+        ratios: list[float] = []
         for index in sorted(_spread(len(found), _FITTED_SAMPLE)):
             ctx.progress.step(len(ratios), _FITTED_SAMPLE, f"groups fitted in {name}")
             fitted = losses.exact(found[index].formats, fitted=True)

@@ -40,7 +40,8 @@ def rewrite(model: ir.Model) -> int:
 
 def _widened(graph: ir.Graph, first: ir.Node) -> ir.Value:
     """The float weight (K, N): codes in their order of use, so that nothing is transposed."""
-    _, codes, scales, zero_points, *_ = [*first.inputs, None]
+    codes, scales = first.inputs[1], first.inputs[2]
+    zero_points = first.inputs[3] if len(first.inputs) > 3 else None
     assert codes is not None and scales is not None
     bits, block = (first.attributes[name].as_int() for name in ("bits", "block_size"))
     columns, rows = (first.attributes[name].as_int() for name in ("K", "N"))
