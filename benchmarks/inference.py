@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--batches", default="1,16")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--rows", default="*", help="globs of candidates (a,b); ORT's need plain export")
+    parser.add_argument("--rows", default="*", help="globs (a,b); ORT rows need plain export")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", default="benchmarks/results/inference.json")
     options = parser.parse_args()
