@@ -170,5 +170,6 @@ def _cuobjdump() -> str:
 
 
 def _last_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1][:300]
+    """The compiler's complaint: the last line that is more than a mark under the source."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
+    return lines[-1][:300] if lines else type(error).__name__

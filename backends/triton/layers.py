@@ -7,17 +7,21 @@ the tile comes from a table, the runner from whoever loaded the model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mopt.backends.triton.kernel import Kernel, Problem, problem
-from mopt.backends.triton.kernels import linear_codes
+from mopt.backends.triton.kernels import linear_bytes, linear_codes, quantize_tensor
 from mopt.backends.triton.kernels.linear_codes import PackedWeight
 from mopt.backends.triton.launch import Launch, Recorder, Runner, Tile
 
 LINEAR_CODES = Kernel("linear-codes", linear_codes.space, linear_codes.legal, linear_codes.work)
+
+
+LINEAR_BYTES = Kernel("linear-bytes", linear_bytes.space, linear_bytes.legal, linear_bytes.work)
+KERNELS = {kernel.name: kernel for kernel in (LINEAR_CODES, LINEAR_BYTES)}
 
 
 class TileTable(Protocol):
@@ -85,7 +89,7 @@ class CodesLinear(KernelLayer):
         return problem(
             self.kernel.name, kind=weight.kind, outputs=weight.outputs, columns=weight.columns,
             group=weight.group, units=weight.units, zeros=weight.zeros is not None,
-            itemsize=dtype.itemsize, rows=rows,
+            bias=self.bias is not None, itemsize=dtype.itemsize, rows=rows,
         )  # fmt: skip
 
     def launches(self, rows: int, dtype: torch.dtype, config: Tile) -> list[Launch]:
@@ -95,6 +99,53 @@ class CodesLinear(KernelLayer):
         bias = self.bias.to(meta) if self.bias is not None else None
         counters = self.counters.to(meta)
         linear_codes.call(recorder, config, x, self.weight.to(meta), bias, counters)
+        return list(recorder.launches.values())
+
+
+class DynamicInt8Linear(KernelLayer):
+    """A linear layer in 8-bit integers whose input is rounded by the range of the whole call."""
+
+    kernel = LINEAR_BYTES
+
+    def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.outputs, self.columns = codes.shape
+        multiple = linear_bytes.PADDED
+        rows, columns = -self.outputs % multiple, -self.columns % multiple
+        padded = nn.functional.pad(codes, (0, columns, 0, rows))
+        self.register_buffer("codes", padded)
+        self.register_buffer("scales", nn.functional.pad(scales.float(), (0, rows)))
+        self.register_buffer("sums", padded.sum(1, dtype=torch.int32))
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What ``mopt::linear_dynamic_int8`` computes, over the last axis."""
+        assert self._run is not None and self._tiles is not None
+        flat = x.reshape(-1, self.columns).contiguous()
+        config = self._tiles(self.problem(flat.shape[0], x.dtype))
+        return self._computed(self._run, config, flat).reshape(*x.shape[:-1], self.outputs)
+
+    def _computed(self, run: Runner, config: Tile, x: Tensor) -> Tensor:
+        codes, scale, zero = quantize_tensor.call(run, x)
+        return linear_bytes.call(
+            run, config, codes, self.codes, scale, self.scales, self.bias, self.outputs,
+            zero=zero, sums=self.sums, dtype=x.dtype,
+        )  # fmt: skip
+
+    def problem(self, rows: int, dtype: torch.dtype) -> Problem:
+        return problem(
+            self.kernel.name, kind="int8", outputs=self.outputs, columns=self.columns,
+            units=-(-self.columns // linear_bytes.PADDED), bias=self.bias is not None,
+            itemsize=dtype.itemsize, rows=rows,
+        )  # fmt: skip
+
+    def launches(self, rows: int, dtype: torch.dtype, config: Tile) -> list[Launch]:
+        recorder = Recorder()
+        bias = self.bias.to("meta") if self.bias is not None else None
+        layer = DynamicInt8Linear(self.codes[: self.outputs, : self.columns].to("meta"),
+                                  self.scales[: self.outputs].to("meta"), bias)  # fmt: skip
+        x = torch.empty(rows, self.columns, dtype=dtype, device="meta")
+        layer._computed(recorder, config, x)
         return list(recorder.launches.values())
 
 
@@ -114,16 +165,3 @@ class StoredTiles:
         rows = found["rows"]
         table = self._tables[table_key(found)]
         return next((config for limit, config in table if rows <= limit), table[-1][1])
-
-
-def kernel_layers(module: nn.Module) -> dict[str, KernelLayer]:
-    """The kernel layers of a lowered graph by name."""
-    return {name: m for name, m in module.named_modules() if isinstance(m, KernelLayer)}
-
-
-def unbound(found: Any) -> bool:
-    """Whether a layer has no runner yet."""
-    return isinstance(found, KernelLayer) and found._run is None
-
-
-KERNELS = {kernel.name: kernel for kernel in (LINEAR_CODES,)}

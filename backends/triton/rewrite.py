@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mopt.backends.triton.layers import CodesLinear, KernelLayer
+from mopt.backends.triton.layers import CodesLinear, DynamicInt8Linear, KernelLayer
 from mopt.backends.triton.planes import pack_blocks, pack_levels
 
 _aten, _mopt = torch.ops.aten, torch.ops.mopt
@@ -159,8 +159,27 @@ def _first(tensors: list[Tensor | None], limit: int) -> list[Tensor | None]:
     return [t[:limit] if limit and t is not None and t.dim() else t for t in tensors]
 
 
+def _linear_dynamic_int8(module: fx.GraphModule, node: fx.Node) -> Site | str:
+    x, *weights = node.args
+    tensors = _all_constant(module, tuple(weights))
+    if tensors is None:
+        return "the weight is computed, not stored"
+    assert isinstance(x, fx.Node)
+
+    def make(limit: int) -> KernelLayer:
+        codes, scales, bias = _first(tensors, limit)
+        assert codes is not None and scales is not None
+        return DynamicInt8Linear(codes, scales, bias)
+
+    def reference(values: Tensor, limit: int) -> Tensor:
+        return _mopt.linear_dynamic_int8.default(values, *_first(tensors, limit))
+
+    return Site(node, x, make, reference)
+
+
 _Finder = Callable[[fx.GraphModule, fx.Node], Site | str | None]
 _FINDERS: dict[Any, _Finder] = {
     _mopt.linear_nbits.default: _linear_nbits,
+    _mopt.linear_dynamic_int8.default: _linear_dynamic_int8,
     _aten.linear.default: _linear,
 }

@@ -12,7 +12,7 @@ from mopt.backends.triton.architectures import Architecture, running_architectur
 from mopt.backends.triton.kernel import Problem
 from mopt.backends.triton.kernel_file import StoredKernels, read_binary, read_kernels
 from mopt.backends.triton.launch import Launch, Tile
-from mopt.backends.triton.layers import KernelLayer, StoredTiles
+from mopt.backends.triton.layers import KERNELS, KernelLayer, StoredTiles
 from mopt.backends.triton.rewrite import find_sites, replace
 from mopt.errors import LoweringError
 from mopt.safe_read import Folder
@@ -83,8 +83,6 @@ class FallbackTiles:
         try:
             return self._known(problem)
         except KeyError:
-            from mopt.backends.triton.layers import KERNELS
-
             self.unknown[problem.text] = problem
             kernel = KERNELS[problem.kernel]
             legal = [t for t in kernel.space(problem) if kernel.legal(t, problem) is None]

@@ -11,22 +11,17 @@ from torch import nn
 
 import mopt
 from mopt.backends.triton import architectures
+from mopt.backends.triton.interpreter import run_interpreted
 from mopt.backends.triton.kernel import problem
 from mopt.backends.triton.launch import tile
 from mopt.backends.triton.layers import LINEAR_CODES, table_key
 from mopt.backends.triton.lower import BACKEND
+from mopt.backends.triton.rewrite import find_sites, replace
 from mopt.backends.triton.runtime import FallbackTiles
 from mopt.errors import ArtifactError, LoweringError, UsageError
 from mopt.lowering import lower
 from mopt.program import Program
 from mopt.recipe import Recipe
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Binaries are compiled once for all tests here, and not kept in the user's cache."""
-    folder = tmp_path_factory.getbasetemp() / "triton-cache"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
 
 
 class Feed(nn.Module):
@@ -53,7 +48,11 @@ def compressed(recipe: str) -> Program:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact with int4 weights for an H200."""
     torch.manual_seed(0)
-    artifact = lower(compressed("int4-weight"), "triton", target="h200")
+    with pytest.MonkeyPatch.context() as patch:
+        # Two sizes of calls instead of six: a third of the binaries.
+        patch.setattr("mopt.backends.triton.plan.BUCKETS", (16, 256))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        artifact = lower(compressed("int4-weight"), "triton", target="h200")
     return artifact.save(tmp_path_factory.mktemp("triton") / "model")
 
 
@@ -67,6 +66,22 @@ def test_kernels_run_interpreted_as_the_program_does(folder: Path) -> None:
         wanted, found = reference(x), kernels(x)
     assert not torch.equal(wanted, found)  # another order of additions
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-6 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("recipe", ["int8-dynamic", "int8-weight", "nf4", "fp8-weight"])
+def test_other_recipes_run_interpreted_as_they_mean(recipe: str) -> None:
+    program = compressed(recipe)
+    x = torch.randn(2, 5, 64)
+    module = program.copy().graph_module
+    sites, left = find_sites(module)
+    assert len(sites) == 3 and not left
+    for layer in replace(module, sites):
+        layer.bind(run_interpreted, FallbackTiles({}))
+    with torch.no_grad():
+        found, wanted = module(x), program.run(x)
+    # One rounding of an 8-bit input may flip: a 255th of its range times a weight.
+    limit = 2e-2 if recipe == "int8-dynamic" else 5e-6
+    torch.testing.assert_close(found, wanted, rtol=0, atol=limit * float(wanted.abs().max()))
 
 
 def test_binaries_for_every_generation_say_what_they_take(folder: Path) -> None:
@@ -98,7 +113,7 @@ def test_a_model_without_compressed_layers_needs_no_kernel() -> None:
 def test_calls_that_were_not_compiled_get_a_tile_and_are_listed() -> None:
     small, large = tile(4, 2, BM=16, BN=32, SPLIT=1), tile(8, 3, BM=128, BN=64, SPLIT=1)
     facts = {"kind": "int4", "outputs": 64, "columns": 64, "group": 32, "units": 2,
-             "zeros": False, "itemsize": 4}  # fmt: skip
+             "zeros": False, "bias": False, "itemsize": 4}  # fmt: skip
     known = problem("linear-codes", **facts, rows=1)
     tiles = FallbackTiles({table_key(known): {16: small, 2048: large}})
     rows = {n: tiles(problem("linear-codes", **facts, rows=n)) for n in (1, 16, 17, 5000)}

@@ -1,0 +1,110 @@
+"""Every kernel compiles without a GPU, fits its chip and spills nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mopt.backends.triton import aot
+from mopt.backends.triton.architectures import ARCHITECTURES
+from mopt.backends.triton.catalogue import Entry, catalogue, empty, empty_weight
+from mopt.backends.triton.kernels import linear_codes
+from mopt.backends.triton.launch import Launch, tile
+from mopt.backends.triton.layers import LINEAR_CODES, CodesLinear
+from mopt.backends.triton.tiles import chip_of, choose, ranked, seconds
+from mopt.device import find_device
+from mopt.errors import LoweringError
+
+
+def launches() -> dict[str, Launch]:
+    """Every launch of the catalogue, equal ones once."""
+    found = {}
+    for entry in catalogue():
+        for launch in entry.launches():
+            found.setdefault(launch.key(), (f"{entry.name}: {launch.name}", launch))
+    return dict(found.values())
+
+
+ALL = launches()
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_every_kernel_compiles(name: str, arch: str) -> None:
+    binary = aot.compile_launch(ALL[name], ARCHITECTURES[arch])
+    assert binary.code[:4] == b"\x7fELF" and binary.registers > 0
+    assert binary.refusal(ARCHITECTURES[arch]) is None
+
+
+def layer(kind: str = "int4") -> CodesLinear:
+    """A layer that holds nothing."""
+    return CodesLinear(empty_weight(kind, 1024, 1024, 128), None)
+
+
+def test_a_block_that_takes_too_much_memory_is_refused() -> None:
+    huge = tile(8, 8, BM=128, BN=128, SPLIT=1)
+    (launch,) = layer().launches(512, torch.bfloat16, huge)
+    binary = aot.compile_launch(launch, ARCHITECTURES["sm_89"])
+    reason = binary.refusal(ARCHITECTURES["sm_89"])
+    assert reason is not None and "shared memory, sm_89 has 101376" in reason
+
+
+def test_a_refused_tile_is_reported_and_gives_way_to_another() -> None:
+    found, arch = layer(), ARCHITECTURES["sm_89"]
+    huge, small = tile(8, 8, BM=128, BN=128, SPLIT=1), tile(4, 2, BM=32, BN=64, SPLIT=1)
+    kernel = type(LINEAR_CODES)(
+        "linear-codes", lambda problem: [huge, small], lambda config, problem: None,
+        LINEAR_CODES.work,
+    )  # fmt: skip
+    problems = {512: found.problem(512, torch.bfloat16)}
+    chip = chip_of(find_device("l4"))
+
+    def make(rows: int, config: object) -> list[Launch]:
+        return found.launches(rows, torch.bfloat16, config)  # type: ignore[arg-type]
+
+    choice = choose(problems, kernel, make, arch, chip, None)
+    assert choice.tiles == {512: small} and len(choice.binaries) == 1
+    if ranked(problems[512], kernel, chip)[0] == huge:
+        assert "shared memory" in choice.rejected[0].reason
+    only = type(kernel)("linear-codes", lambda problem: [huge], kernel.legal, kernel.work)
+    with pytest.raises(LoweringError) as caught:
+        choose(problems, only, make, arch, chip, None)
+    assert caught.value.code == "no-legal-tile" and "shared memory" in str(caught.value.hint)
+
+
+def test_a_kernel_the_compiler_refuses_is_named() -> None:
+    (launch,) = layer().launches(16, torch.bfloat16, tile(4, 2, BM=8, BN=24, SPLIT=1))
+    with pytest.raises(LoweringError) as caught:
+        aot.compile_launch(launch, ARCHITECTURES["sm_90"])
+    assert caught.value.code == "kernel-compile" and "linear_codes" in str(caught.value)
+
+
+def test_an_old_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aot, "version", lambda name: "3.1.0")
+    with pytest.raises(LoweringError) as caught:
+        aot.triton_version()
+    assert caught.value.code == "triton-version" and "3.1.0" in str(caught.value)
+
+
+def test_what_is_assumed_about_sizes_is_part_of_the_key() -> None:
+    weight, counters = empty_weight("int4", 1024, 1024, 128), empty(1024, dtype=torch.int32)
+    config = tile(4, 2, BM=16, BN=64, SPLIT=1)
+
+    def keys(columns: int, rows: int) -> set[str]:
+        x = empty(rows, columns)[:, :1024]
+        entry = Entry("", lambda run: linear_codes.call(run, config, x, weight, None, counters))
+        return {launch.key() for launch in entry.launches()}
+
+    assert keys(1024, 3) == keys(1024, 16)  # rows change from call to call
+    assert keys(1024, 3) != keys(1030, 3)  # rows of an odd length are read in smaller pieces
+
+
+def test_estimates_prefer_small_blocks_for_few_rows_and_large_ones_for_many() -> None:
+    chip = chip_of(find_device("h200"))
+    found = CodesLinear(empty_weight("int4", 28_672, 8192, 128), None)
+    few, many = (found.problem(rows, torch.bfloat16) for rows in (1, 4096))
+    assert ranked(few, LINEAR_CODES, chip)[0]["BM"] == 16
+    assert ranked(many, LINEAR_CODES, chip)[0]["BM"] == 128
+    # 117 MB of codes and scales at 4.8 TB/s.
+    best = seconds(ranked(few, LINEAR_CODES, chip)[0], few, LINEAR_CODES, chip)
+    assert 24e-6 < best < 60e-6
