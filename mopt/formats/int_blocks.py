@@ -49,8 +49,8 @@ class IntBlocks(GridFormat):
     ``group`` columns share a scale (and a zero point when ``asymmetric``); 0 means a scale per
     output channel, which is stored once per block because the kernel reads it so. ``activations``
     "int8" allows a kernel to round each row and block of the input to 8 bits, "float" forbids it.
-    Calls with many rows compute in float either way, see :meth:`pays_off`. Scales take the weight's
-    dtype. Columns that do not fill the last block are padded.
+    Calls with many rows compute in float either way, see :meth:`keeps_codes`. Scales take the
+    weight's dtype. Columns that do not fill the last block are padded.
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
@@ -170,19 +170,19 @@ class IntBlocks(GridFormat):
         zeros = -(-blocks * self.storage // 8) if self.asymmetric else 0
         return rows * (blocks * (block * self.storage // 8 + dtype.itemsize) + zeros)
 
-    def pays_off(self, rows: int, shape: tuple[int, ...]) -> bool:
-        """Whether a kernel that reads the codes is faster than one that reads floats.
+    def keeps_codes(self, rows: int, shape: tuple[int, ...], model_bytes: int) -> bool:
+        """Whether a call reads the codes as they are: where a kernel for them is faster.
 
-        ``rows`` are the vectors a call multiplies with the (N, K) weight. Where it is not, the
-        weight is widened when the model is loaded: the file is as small, and nothing is slower.
-        Models of more than 1 GiB keep their codes, because memory is what they are short of.
+        ``rows`` are the vectors it multiplies with the (N, K) weight. Where it is not, the weight
+        is widened when the model is loaded: the file is as small, and nothing is slower. Models of
+        more than 1 GiB keep their codes, because memory is what they are short of.
 
         Measured on ONNX Runtime 1.31 (two threads, AVX-512 VNNI), codes against floats: at 8 rows
         0.3 to 1.0 of the time in every size from 256 x 688 on; at 16, 0.9 for 2048 x 2048 and 1.2
         for 768 x 768; at 256, 1.2 to 1.8 with groups of 32, but 0.8 to 0.9 with groups of 128 from
         768 x 3072 on.
         """
-        if rows <= _FEW_ROWS:
+        if rows <= _FEW_ROWS or model_bytes > _LARGE_BYTES:
             return True
         long_groups = self.block(shape[1]) >= _LONG_GROUP
         if rows <= _SOME_ROWS:
@@ -192,11 +192,11 @@ class IntBlocks(GridFormat):
     def place(self, program: Program, layer: Layer, encoded: Encoded) -> None:
         nodes = store(program, layer, encoded)
         columns = encoded.shape[1]
-        is_large = program.original_bytes() > _LARGE_BYTES
+        whole = program.original_bytes()
 
         def arguments(call: fx.Node) -> tuple[Any, ...]:
             rows = prod(size_hint(size) for size in call.meta["val"].shape[:-1])
-            kept = is_large or self.pays_off(rows, encoded.shape)
+            kept = self.keeps_codes(rows, encoded.shape, whole)
             activations = self.activations if kept else "float"
             return (
                 call.args[0], nodes["codes"], nodes["scales"], nodes.get("zero_points"),

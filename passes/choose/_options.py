@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -13,8 +13,8 @@ from mopt.cost import CostModel, LayerRequest
 from mopt.errors import UsageError
 from mopt.flops import size_hint
 from mopt.formats import find_format
-from mopt.formats.base import argument
 from mopt.formats.int_blocks import IntBlocks
+from mopt.layer_request import layer_request
 from mopt.layers import Layer, find_layers
 from mopt.machine import machine_fingerprint
 from mopt.program import Program
@@ -51,11 +51,13 @@ class Option:
 class Sites:
     """Layers that must agree, their options (the original first), and what was refused and why.
 
-    ``slower`` are the options that were refused for their time alone.
+    ``slower`` are the options that were refused for their time alone. ``model_bytes`` are those of
+    the whole model before the first pass.
     """
 
     name: str
     layers: tuple[Layer, ...]
+    model_bytes: int
     options: list[Option] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
     slower: list[Option] = field(default_factory=list)
@@ -98,7 +100,8 @@ def read_sites(program: Program, selects: Any, min_size: int) -> tuple[list[Site
             groups.append(known)
         known.append(layer)
         place.update(dict.fromkeys(keys, known))
-    return [Sites(group[0].path, tuple(group)) for group in groups], left
+    whole = program.original_bytes()
+    return [Sites(group[0].path, tuple(group), whole) for group in groups], left
 
 
 def format_names(
@@ -197,7 +200,7 @@ def _add_option(
         formats[layer.path] = own
     source = _worst(levels)
     size = _bytes(program, one, formats)
-    widened = any(_is_widened(layer, call, formats[layer.path])
+    widened = any(_is_widened(layer, call, formats[layer.path], one.model_bytes)
                   for layer in one.layers for call in layer.calls)  # fmt: skip
     option = Option(
         name, formats, size, latency, latency_source=source, border_ms=max(border, 0.0),
@@ -251,36 +254,23 @@ def _latency(
 
 
 def _request(layer: Layer, call: Any, name: str, one: Sites) -> LayerRequest:
-    name = "fp32" if _is_widened(layer, call, name) else name
+    name = "fp32" if _is_widened(layer, call, name, one.model_bytes) else name
     sharers = sum(other.kind == "linear" for other in one.layers) if layer.kind == "linear" else 1
-    return LayerRequest(
-        layer.kind, tuple(layer.shape), name, _rows(layer, call), _geometry(layer, call), sharers
-    )
+    if layer.kind == "embedding":
+        return LayerRequest(layer.kind, tuple(layer.shape), name, _rows(call))
+    return replace(layer_request(call, layer.shape), weight_format=name, sharers=sharers)
 
 
-def _is_widened(layer: Layer, call: Any, name: str) -> bool:
+def _is_widened(layer: Layer, call: Any, name: str, model_bytes: int) -> bool:
     """Whether weights are widened when the model is loaded: the runtime multiplies floats."""
     if name in ("fp16", "bf16", "int8-stored"):
         return True
     form = find_format(name) if name not in (ORIGINAL, "fp32") else None
-    return isinstance(form, IntBlocks) and not form.pays_off(_rows(layer, call), layer.shape)
+    return isinstance(form, IntBlocks) and not form.keeps_codes(
+        _rows(call), layer.shape, model_bytes
+    )
 
 
-def _rows(layer: Layer, call: Any) -> int:
-    """Vectors the layer is applied to, on the example inputs."""
-    shape = [size_hint(size) for size in call.meta["val"].shape]
-    if layer.kind == "convolution":
-        return shape[0] * prod(shape[2:])
-    return prod(shape[:-1])
-
-
-def _geometry(layer: Layer, call: Any) -> dict[str, Any] | None:
-    if layer.kind != "convolution":
-        return None
-    shape = [size_hint(size) for size in call.meta["val"].shape]
-    transposed = "transpose" in str(call.target)
-    groups = argument(call, 7 if transposed else 6, "groups") or 1
-    stride = argument(call, 3, "stride") or 1
-    if not isinstance(stride, int):
-        stride = tuple(stride) * (len(shape) - 2) if len(stride) == 1 else tuple(stride)
-    return {"batch": shape[0], "output": tuple(shape[2:]), "stride": stride, "groups": int(groups)}
+def _rows(call: Any) -> int:
+    """Vectors a linear layer or a table is applied to, on the example inputs."""
+    return prod(size_hint(size) for size in call.meta["val"].shape[:-1])

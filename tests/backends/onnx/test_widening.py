@@ -57,7 +57,7 @@ def test_large_models_keep_their_codes(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_long_groups_pay_off_for_many_rows_of_wide_layers() -> None:
     short, long = int_blocks.IntBlocks(4, 32), int_blocks.IntBlocks(4, 128)
-    assert not short.pays_off(256, (4096, 4096))
-    assert long.pays_off(256, (4096, 4096))
-    assert not long.pays_off(256, (768, 768))
-    assert short.pays_off(16, (4096, 4096)) and not short.pays_off(16, (768, 768))
+    assert not short.keeps_codes(256, (4096, 4096), 0)
+    assert long.keeps_codes(256, (4096, 4096), 0)
+    assert not long.keeps_codes(256, (768, 768), 0)
+    assert short.keeps_codes(16, (4096, 4096), 0) and not short.keeps_codes(16, (768, 768), 0)
