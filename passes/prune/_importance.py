@@ -18,6 +18,8 @@ from mopt.program import Program
 Scores = NDArray[np.float64]
 Moments = dict[fx.Node, ChannelMoments]
 
+# Rows of one batch that a second moment is taken over.
+_MOST_ROWS = 4096
 # Of the mean of the diagonal, added before a second moment is inverted.
 _RIDGE = 0.01
 
@@ -48,7 +50,7 @@ def collect_moments(program: Program, found: Coupling, ctx: PassContext) -> Mome
             source = member.call.args[0]
             assert isinstance(source, fx.Node)
             axis = -1 if member.call.target in LINEAR else 1
-            observers.setdefault(source, ChannelMoments(axis))
+            observers.setdefault(source, ChannelMoments(axis, _MOST_ROWS))
     ctx.calibration.for_part(program).collect(observers, ctx)
     return observers
 

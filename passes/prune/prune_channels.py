@@ -20,10 +20,10 @@ from mopt.passes.prune._importance import (
     magnitude_scores,
     output_scores,
 )
-from mopt.passes.prune._refit import refit
 from mopt.passes.prune._select import Ladder, select_global, select_uniform
 from mopt.passes.prune._speed import LayerTimes
 from mopt.program import Program, module_path
+from mopt.refit import refit
 
 _NEED_DATA = ("activation", "reconstruction")
 

@@ -15,10 +15,10 @@ from mopt.frontend import capture
 from mopt.models import load
 from mopt.pass_base import PassContext
 from mopt.passes.prune._importance import collect_moments, magnitude_scores, output_scores
-from mopt.passes.prune._refit import refit
 from mopt.pipeline import Pipeline
 from mopt.program import Program
 from mopt.recipe import Recipe
+from mopt.refit import refit
 from mopt.registry import make_pass
 from tests import tiny
 from tests.case import Case, Sample, outputs

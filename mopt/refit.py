@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx
-from torch.nn import functional as F
 
 from mopt.axes import Array
 from mopt.effects import argument
+from mopt.layer_rows import can_read_rows, input_rows, input_width, output_rows
 from mopt.layers import CONVOLUTIONS, LINEAR
 from mopt.pass_base import PassContext
 from mopt.program import Program, module_path
 from mopt.streaming import Stream
 
-_aten = torch.ops.aten
 # Of the mean of the moment's diagonal: pulls the fit towards the weights there are.
 _RIDGE = 1e-2
 # Layers with more inputs per output than this are left: the fit takes their cube in operations.
@@ -28,19 +26,21 @@ _EXACT = 1e-9
 
 
 def refit(
-    program: Program, original: Program, kept: Mapping[str, Array], ctx: PassContext
-) -> dict[str, Any]:
+    program: Program, original: Program, kept: Mapping[str, Array], ctx: PassContext, *,
+    changed: Collection[str] = (),
+) -> dict[str, Any]:  # fmt: skip
     """Replace weights so that layers give the original outputs, as far as their inputs allow.
 
     One layer after another, on the values that the layers fitted before it give: least squares
     with a pull towards the present weight. ``kept`` has the channels that calls of ``program``
-    still write, by node name. Returns the relative squared errors of the outputs, before and after.
+    still write, by node name; ``changed`` names calls that are approximations. Returns the relative
+    squared errors of the outputs, before and after.
     """
     assert ctx.calibration is not None
     theirs = {node.name: node for node in original.graph.nodes}
     calls = [node for node in program.graph.nodes if _can_fit(program, node, theirs)]
-    changed = _behind_changes(program, kept)
-    calls = [call for call in calls if call in changed]
+    behind = _behind_changes(program, {*kept, *changed})
+    calls = [call for call in calls if call in behind]
     if not calls:
         return {"layers": 0}
     stream = Stream(program, ctx.calibration.for_part(program), ctx)
@@ -89,7 +89,8 @@ def _store(program: Program, call: fx.Node, at: int, tensor: Tensor) -> None:
 
 def _can_fit(program: Program, node: fx.Node, theirs: Mapping[str, fx.Node]) -> bool:
     """Plain layers with a weight of their own, that the original calls too."""
-    if node.op != "call_function" or node.target not in (*LINEAR, _aten.conv2d.default):
+    layers = (*LINEAR, *CONVOLUTIONS)
+    if node.op != "call_function" or node.target not in layers or can_read_rows(node):
         return False
     weight = node.args[1]
     if program.constant(weight) is None or node.name not in theirs:
@@ -101,16 +102,14 @@ def _can_fit(program: Program, node: fx.Node, theirs: Mapping[str, fx.Node]) -> 
     bias = argument(node, "bias")
     if bias is not None and (program.constant(bias) is None or len(node.args) < 3):
         return False
-    if node.target in CONVOLUTIONS and argument(node, "groups") != 1:
-        return False
-    return program.weight(weight)[0].numel() <= _MOST_INPUTS  # type: ignore[arg-type]
+    return input_width(program.weight(weight)) <= _MOST_INPUTS  # type: ignore[arg-type]
 
 
-def _behind_changes(program: Program, kept: Mapping[str, Array]) -> set[fx.Node]:
-    """The calls that write fewer channels, and all that depends on them."""
+def _behind_changes(program: Program, changed: Collection[str]) -> set[fx.Node]:
+    """The calls of those names, and all that depends on them."""
     found: set[fx.Node] = set()
     for node in program.graph.nodes:
-        if any(source in found for source in node.all_input_nodes) or node.name in kept:
+        if any(source in found for source in node.all_input_nodes) or node.name in changed:
             found.add(node)
     return found
 
@@ -118,40 +117,11 @@ def _behind_changes(program: Program, kept: Mapping[str, Array]) -> set[fx.Node]
 def _rows(
     call: fx.Node, weight: Tensor, values: list[Tensor], wanted: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Rows of inputs and of outputs of a layer, at most so many, evenly taken, float64."""
-    inputs, outputs = [], []
-    per_batch = max(_MOST_ROWS // len(values), 1)
-    for value, target in zip(values, wanted, strict=True):
-        if call.target in LINEAR:
-            x, y = value.reshape(-1, value.shape[-1]), target.reshape(-1, target.shape[-1])
-            at = _evenly(len(x), per_batch)
-            x, y = x[at], y[at]
-        else:
-            x, y = _patches(call, weight, value, target, per_batch)
-        inputs.append(x.detach().double())
-        outputs.append(y.detach().double())
+    """Rows of inputs and of outputs of a layer over all batches, float64."""
+    most = max(_MOST_ROWS // len(values), 1)
+    inputs = [input_rows(call, weight, value, most).detach().double() for value in values]
+    outputs = [output_rows(call, value, most).detach().double() for value in wanted]
     return torch.cat(inputs), torch.cat(outputs)
-
-
-def _evenly(count: int, most: int) -> Tensor:
-    if count <= most:
-        return torch.arange(count)
-    return torch.from_numpy(np.linspace(0, count - 1, most).astype(np.int64))
-
-
-def _patches(
-    call: fx.Node, weight: Tensor, value: Tensor, target: Tensor, most: int
-) -> tuple[Tensor, Tensor]:
-    stride, padding, dilation = (argument(call, name) for name in ("stride", "padding", "dilation"))
-    share = max(1, -(-len(value) * target[0, 0].numel() // most))
-    # Few rows per image of all images: neighbouring patches tell the same.
-    x = F.unfold(value, tuple(weight.shape[2:]), dilation, padding, stride)
-    at = torch.arange(0, x.shape[-1], share)
-    y = target.flatten(2)
-    return (
-        x[:, :, at].movedim(1, -1).reshape(-1, x.shape[1]),
-        y[:, :, at].movedim(1, -1).reshape(-1, y.shape[1]),
-    )
 
 
 def _fit(

@@ -1,0 +1,232 @@
+"""Replace the matrices of linear layers by products of two thin ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mopt.cost import CostModel, LayerRequest, cost_model
+from mopt.device import find_device
+from mopt.errors import UsageError
+from mopt.layer_request import layer_request, milliseconds
+from mopt.layers import Layer, find_layers, is_returned
+from mopt.low_rank import Decomposition, allocate, break_even, decompose
+from mopt.moments import ChannelMoments
+from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
+from mopt.program import Program
+from mopt.refit import refit
+from mopt.trainable import squared_gradients
+
+_aten = torch.ops.aten
+
+
+@register_pass("factorize-linears", numerics=Numerics.LOSSY)
+@dataclass(frozen=True, kw_only=True)
+class FactorizeLinears(Pass):
+    """Replace matrices of linear layers by products of two thin ones (low rank).
+
+    ## When to use
+    To take some tens of percent off the parameters of a language model without training. On data
+    like the model's own, `whitened` is the method to use; `plain` needs no data and is far worse.
+
+    ## Accuracy
+    `whitened` gives every layer the least error of its output that its rank allows on the
+    calibration data, and says beforehand how large it is (`predicted_error`). Ranks are shared out
+    so that the sum of the relative errors is least for the parameters that may stay. With `refit`
+    layers are then fitted to the outputs of the original, on what the factorized layers before
+    them give.
+
+    ## Limits
+    Two thin layers instead of one: a rank must be clearly below the break-even to be faster, and a
+    layer for which the cost model of the device sees no gain stays whole. Heads of the model and
+    shared weights stay whole.
+
+    ## Example
+    A 512 x 512 layer at rank 128 holds half of the parameters.
+    """
+
+    ratio: float = option(0.2, min=0, max=1, help="share of the layers' parameters to remove")
+    method: str = option(
+        "whitened", choices=("whitened", "activation", "fisher", "plain"),
+        help="what errors are weighed by: second moments, sizes of inputs, gradients, nothing",
+    )  # fmt: skip
+    alpha: float = option(0.5, min=0, max=1, help="power of the inputs' sizes, for activation")
+    ranks: str = option(
+        "allocated", choices=("allocated", "uniform"),
+        help="least total loss for the parameters, or the same share of every layer",
+    )  # fmt: skip
+    multiple: int = option(8, min=1, help="ranks are multiples of this")
+    refit: bool = option(False, help="fit the factors on what earlier ones give, with data")
+    min_size: int = option(4096, min=0, help="leave layers with fewer weights alone")
+    allow_slower: bool = option(False, help="factorize even where it is not estimated faster")
+
+    def requires(self, program: Program, ctx: PassContext) -> str | None:
+        if self.method != "plain" and ctx.calibration is None:
+            return (
+                f"method {self.method!r} needs calibration data; pass calibration=[inputs, ...] "
+                "(or --calib), or use method=plain"
+            )
+        return None
+
+    def run(self, program: Program, ctx: PassContext) -> PassResult:
+        if self.ratio == 1:
+            raise UsageError(
+                "factorize-linears: ratio 1 would leave no rank to any layer",
+                code="empties-layer",
+                hint="give a ratio below 1",
+            )
+        layers, skipped = self._layers(program)
+        if not layers or self.ratio == 0:
+            return PassResult(changed=False, stats={"layers": 0}, skipped=skipped)
+        found = self._decompositions(program, layers, ctx)
+        ranks = self._ranks(layers, found)
+        model = ctx.cost_model or cost_model(ctx.device or find_device("host"))
+        chosen: dict[str, int] = {}
+        for layer in layers.values():
+            rank = ranks[layer.path]
+            reason = "its share of the parameters buys the whole matrix"
+            if rank is not None:
+                reason = None if self.allow_slower else _not_faster(layer, rank, model)
+            if rank is None or reason is not None:
+                skipped.append(Skip(layer.path, reason or ""))
+            else:
+                chosen[layer.path] = rank
+        if not chosen:
+            return PassResult(changed=False, stats={"layers": 0}, skipped=skipped)
+        before = program.parameter_count()
+        original = program.copy()
+        for path, rank in chosen.items():
+            place_factors(program, layers[path], *found[path].factors(rank))
+        program.refresh()
+        size = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
+        stats: dict[str, Any] = {
+            "layers": len(chosen),
+            "ranks": chosen,
+            "removed_parameters": 1 - program.parameter_count() / before,
+            "removed_of_layers": (before - program.parameter_count()) / size,
+            "predicted_error": {
+                path: found[path].loss(rank) / max(found[path].loss(0), 1e-300)
+                for path, rank in chosen.items()
+            },
+            "gain_class": "any",
+        }
+        if self.refit and ctx.calibration is not None:
+            calls = {call.name for path in chosen for call in layers[path].calls}
+            stats["refit"] = refit(program, original, {}, ctx, changed=calls)
+        return PassResult(changed=True, stats=stats, skipped=skipped)
+
+    def _layers(self, program: Program) -> tuple[dict[str, Layer], list[Skip]]:
+        layers: dict[str, Layer] = {}
+        skipped: list[Skip] = []
+        readers: dict[str, int] = {}
+        for node in program.graph.nodes:
+            if node.op == "get_attr":
+                readers[str(node.target)] = readers.get(str(node.target), 0) + len(node.users)
+        for layer in find_layers(program):
+            if layer.kind != "linear" or not self.selects(layer.path):
+                continue
+            reason = None
+            if layer.shape[0] * layer.shape[1] < self.min_size:
+                reason = f"it has fewer than min_size {self.min_size} weights"
+            elif readers[str(layer.weight.target)] > len(layer.calls):
+                reason = "its weight is used elsewhere too, which would keep it whole"
+            elif program.weight(layer.weight).dtype not in (torch.float32, torch.float64):
+                reason = "its weight is not float32"
+            elif break_even(layer.shape) < self.multiple:
+                reason = f"a rank of {self.multiple} holds no fewer parameters than the matrix"
+            elif any(is_returned(call) for call in layer.calls):
+                reason = "it is the model's head, whose errors nothing smooths"
+            if reason:
+                skipped.append(Skip(layer.path, reason))
+            else:
+                layers[layer.path] = layer
+        return layers, skipped
+
+    def _decompositions(
+        self, program: Program, layers: Mapping[str, Layer], ctx: PassContext
+    ) -> dict[str, Decomposition]:
+        moments: dict[fx.Node, ChannelMoments] = {}
+        gradients: dict[str, Tensor] = {}
+        if self.method in ("whitened", "activation"):
+            for layer in layers.values():
+                for call in layer.calls:
+                    moments.setdefault(_input(call), ChannelMoments())
+            assert ctx.calibration is not None
+            ctx.calibration.for_part(program).collect(moments, ctx)
+        elif self.method == "fisher":
+            gradients = squared_gradients(program, ctx, [x.weight for x in layers.values()])
+        result = {}
+        for layer in layers.values():
+            ctx.progress.step(len(result), len(layers), "layers")
+            ctx.check_time(f"factorizing {layer.path}")
+            weigh = None
+            if moments:
+                sources = [moments[_input(call)] for call in layer.calls]
+                second = sum((one.second for one in sources[1:]), sources[0].second) / len(sources)
+                weigh = second
+                if self.method == "activation":
+                    weigh = second.diagonal().sqrt().pow(self.alpha)
+            elif gradients:
+                # One weight per input: the Fisher information summed over outputs (FWSVD).
+                fisher = gradients[str(layer.weight.target)].double().sum(0)
+                weigh = (fisher / fisher.max().clamp(min=1e-30) + 1e-5).sqrt()
+            result[layer.path] = decompose(program.weight(layer.weight), weigh)
+        return result
+
+    def _ranks(
+        self, layers: Mapping[str, Layer], found: Mapping[str, Decomposition]
+    ) -> dict[str, int | None]:
+        shapes = {path: (layer.shape[0], layer.shape[1]) for path, layer in layers.items()}
+        if self.ranks == "uniform":
+            return {path: uniform_rank(shape, self.ratio, self.multiple)
+                    for path, shape in shapes.items()}  # fmt: skip
+        size = sum(outputs * inputs for outputs, inputs in shapes.values())
+        budget = int(size * (1 - self.ratio))
+        weights = {path: 1 / max(one.loss(0), 1e-300) for path, one in found.items()}
+        return allocate(found, shapes, budget, weights=weights, step=self.multiple)
+
+
+def uniform_rank(shape: tuple[int, int], ratio: float, multiple: int) -> int:
+    """The rank that removes a share of a layer's parameters, a multiple rounded down, not 0."""
+    outputs, inputs = shape
+    rank = int((1 - ratio) * outputs * inputs / (outputs + inputs))
+    return max(rank // multiple * multiple, multiple)
+
+
+def _input(call: fx.Node) -> fx.Node:
+    source = call.args[0]
+    assert isinstance(source, fx.Node)
+    return source
+
+
+def place_factors(program: Program, layer: Layer, first: Tensor, second: Tensor) -> None:
+    """Let a layer's calls compute ``second (first x) + bias``; they keep their names."""
+    dtype = program.weight(layer.weight).dtype
+    name = str(layer.weight.target).removesuffix(".weight")
+    inner = outer = None
+    for call in layer.calls:
+        if inner is None or outer is None:
+            inner = program.add_weight(f"{name}.first", first.to(dtype).contiguous(), call)
+            outer = program.add_weight(f"{name}.second", second.to(dtype).contiguous(), call)
+        thin = program.insert_call(_aten.linear.default, (call.args[0], inner), like=call)
+        call.args = (thin, outer, *call.args[2:])
+    for node in program.nodes:
+        if node.op == "get_attr" and not node.users:
+            program.graph.erase_node(node)
+
+
+def _not_faster(layer: Layer, rank: int, model: CostModel) -> str | None:
+    outputs, inputs = layer.shape
+    whole = factored = 0.0
+    for call in layer.calls:
+        whole += milliseconds(model, layer_request(call, layer.shape))
+        rows = layer_request(call, layer.shape).rows
+        for shape in ((rank, inputs), (outputs, rank)):
+            factored += milliseconds(model, LayerRequest("linear", shape, rows=rows))
+    if factored < whole:
+        return None
+    return f"two layers of rank {rank} are not estimated to be faster than one"
