@@ -173,8 +173,9 @@ def _without_constant_axes(factor: Factor) -> Factor:
     atoms, axes = factor.atoms, list(factor.axes)
     for axis in factor.axes:
         at = axes.index(axis)
-        if len(axes) > 1 and bool((atoms == atoms.take([0], axis=at)).all()):
-            atoms = atoms.take(0, axis=at)
+        first = atoms.take([0], axis=at)
+        if len(axes) > 1 and bool((atoms == first).all()):
+            atoms = first.squeeze(at)
             axes.pop(at)
     return Factor(tuple(axes), atoms)
 

@@ -20,7 +20,7 @@ from mopt.streaming import Stream
 _RIDGE = 1e-2
 # Layers with more inputs per output than this are left: the fit takes their cube in operations.
 _MOST_INPUTS = 2304
-_MOST_ROWS = 1 << 15
+_MOST_ROWS = 1 << 14
 # A layer whose outputs differ by less already computes what it did.
 _EXACT = 1e-9
 
@@ -117,10 +117,10 @@ def _behind_changes(program: Program, changed: Collection[str]) -> set[fx.Node]:
 def _rows(
     call: fx.Node, weight: Tensor, values: list[Tensor], wanted: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Rows of inputs and of outputs of a layer over all batches, float64."""
+    """Rows of inputs and of outputs of a layer over all batches, float32."""
     most = max(_MOST_ROWS // len(values), 1)
-    inputs = [input_rows(call, weight, value, most).detach().double() for value in values]
-    outputs = [output_rows(call, value, most).detach().double() for value in wanted]
+    inputs = [input_rows(call, weight, value, most).detach().float() for value in values]
+    outputs = [output_rows(call, value, most).detach().float() for value in wanted]
     return torch.cat(inputs), torch.cat(outputs)
 
 
@@ -128,20 +128,21 @@ def _fit(
     x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None, float, float] | None:
     """Least squares for y = W x + b near ``weight``; None where it does not help."""
-    w = weight.double()
-    old = x @ w.t() + (0 if bias is None else bias.double())
+    # Sums over rows in float32 are exact enough beside the ridge; solving is not.
+    w = weight.float()
+    old = x @ w.t() + (0 if bias is None else bias.float())
     shift_x = x.mean(0) if bias is not None else torch.zeros_like(x[0])
     shift_y = y.mean(0) if bias is not None else torch.zeros_like(y[0])
     xc, yc = x - shift_x, y - shift_y
-    moment = xc.t() @ xc / len(x)
+    moment = (xc.t() @ xc).double() / len(x)
     # Few rows determine few directions: the fewer there are, the stronger the pull.
     ridge = _RIDGE * (1 + x.shape[1] / len(x)) * moment.diagonal().mean().clamp(min=1e-30)
-    cross = yc.t() @ xc / len(x) + ridge * w
+    cross = (yc.t() @ xc).double() / len(x) + ridge * w.double()
     moment.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(moment)
     if bool(failed):
         return None
-    fresh = torch.cholesky_solve(cross.t(), factor).t()
+    fresh = torch.cholesky_solve(cross.t(), factor).t().float()
     offset = shift_y - fresh @ shift_x if bias is not None else None
     new = x @ fresh.t() + (0 if offset is None else offset)
     power = float(y.square().sum()) or 1.0

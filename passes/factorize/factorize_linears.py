@@ -12,9 +12,10 @@ from torch import Tensor, fx
 from mopt.cost import CostModel, LayerRequest, cost_model
 from mopt.device import find_device
 from mopt.errors import UsageError
+from mopt.formats.low_rank import place_factors
 from mopt.layer_request import layer_request, milliseconds
 from mopt.layers import Layer, find_layers, is_returned
-from mopt.low_rank import Decomposition, allocate, break_even, decompose
+from mopt.low_rank import Decomposition, allocate, break_even, decompose, uniform_rank
 from mopt.moments import ChannelMoments
 from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
 from mopt.program import Program
@@ -88,7 +89,7 @@ class FactorizeLinears(Pass):
         chosen: dict[str, int] = {}
         for layer in layers.values():
             rank = ranks[layer.path]
-            reason = "its share of the parameters buys the whole matrix"
+            reason: str | None = "its share of the parameters buys the whole matrix"
             if rank is not None:
                 reason = None if self.allow_slower else _not_faster(layer, rank, model)
             if rank is None or reason is not None:
@@ -159,7 +160,7 @@ class FactorizeLinears(Pass):
             ctx.calibration.for_part(program).collect(moments, ctx)
         elif self.method == "fisher":
             gradients = squared_gradients(program, ctx, [x.weight for x in layers.values()])
-        result = {}
+        result: dict[str, Decomposition] = {}
         for layer in layers.values():
             ctx.progress.step(len(result), len(layers), "layers")
             ctx.check_time(f"factorizing {layer.path}")
@@ -190,33 +191,10 @@ class FactorizeLinears(Pass):
         return allocate(found, shapes, budget, weights=weights, step=self.multiple)
 
 
-def uniform_rank(shape: tuple[int, int], ratio: float, multiple: int) -> int:
-    """The rank that removes a share of a layer's parameters, a multiple rounded down, not 0."""
-    outputs, inputs = shape
-    rank = int((1 - ratio) * outputs * inputs / (outputs + inputs))
-    return max(rank // multiple * multiple, multiple)
-
-
 def _input(call: fx.Node) -> fx.Node:
     source = call.args[0]
     assert isinstance(source, fx.Node)
     return source
-
-
-def place_factors(program: Program, layer: Layer, first: Tensor, second: Tensor) -> None:
-    """Let a layer's calls compute ``second (first x) + bias``; they keep their names."""
-    dtype = program.weight(layer.weight).dtype
-    name = str(layer.weight.target).removesuffix(".weight")
-    inner = outer = None
-    for call in layer.calls:
-        if inner is None or outer is None:
-            inner = program.add_weight(f"{name}.first", first.to(dtype).contiguous(), call)
-            outer = program.add_weight(f"{name}.second", second.to(dtype).contiguous(), call)
-        thin = program.insert_call(_aten.linear.default, (call.args[0], inner), like=call)
-        call.args = (thin, outer, *call.args[2:])
-    for node in program.nodes:
-        if node.op == "get_attr" and not node.users:
-            program.graph.erase_node(node)
 
 
 def _not_faster(layer: Layer, rank: int, model: CostModel) -> str | None:
