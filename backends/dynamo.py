@@ -47,6 +47,7 @@ def compile_with(
     session: TrainingSession, module: fx.GraphModule, example_inputs: Sequence[Any]
 ) -> Callable[..., Any]:
     """Compile one graph of dynamo's; forward and backward follow the session's plan."""
+    session.prepare(module)
     if session.options.codegen == "inductor":
         from torch._inductor.compile_fx import compile_fx
 

@@ -87,10 +87,11 @@ def _show(out: Output, model: str, found: GraphPlan) -> None:
     plan, figures = found.plan, found.plan.figures
     share = figures.repeated_seconds / found.problem.seconds if found.problem.seconds else 0.0
     if not out.quiet:
-        names = ("layer", "kept", "given up", "repeated", "time again")
+        names = ("layer", "kept", "compressed", "given up", "repeated", "time again")
         columns = [Column(names[0]), *(Column(n, right=True) for n in names[1:])]
         out.table(columns, [
-            [row.layer, memory_size(row.kept_bytes), memory_size(row.dropped_bytes),
+            [row.layer, memory_size(row.kept_bytes), memory_size(row.squeezed_bytes),
+             memory_size(row.dropped_bytes),
              str(row.repeated_calls), milliseconds(1e3 * row.repeated_seconds)]
             for row in found.layers
         ])  # fmt: skip

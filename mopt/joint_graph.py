@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from mopt.flops import size_hint
 from mopt.recompute import Again, Call, RecomputeProblem
+from mopt.saved_codecs import SQUEEZE
 
 aten = torch.ops.aten
 Price = Callable[[fx.Node], tuple[float, int]]
@@ -142,6 +143,10 @@ class _Reader:
         if not makes and (touched or not reads):
             return None
         seconds, workspace = self.price(node)
+        if node.target is SQUEEZE:
+            # Only a plan that keeps the small form runs it; restoring costs about the same.
+            back = Again(makes, reads, 2 * seconds, workspace)
+            return Call(node.name, reads, makes, 0.0, 0, layer_of(node), back, str(node.args[1]))
         again = None if is_backward(node) else self._again(node, reads, makes, seconds, workspace)
         return Call(node.name, reads, makes, seconds, workspace, layer_of(node), again)
 

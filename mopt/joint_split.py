@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from mopt.errors import InternalError
 from mopt.joint_graph import BATCH_NORMS, NUMBERS, Joint, is_backward, tensors
 from mopt.recompute import Item
+from mopt.saved_codecs import RESTORE, SQUEEZE
 
 aten = torch.ops.aten
 
@@ -170,6 +171,8 @@ def _write_again(
     """Write a repetition; returns what stands for the call and its selections."""
     if node.target is aten.native_dropout.default and node.args[2] is not False:
         return _dropout_again(graph, node, takes)
+    if node.target is SQUEEZE:
+        return _restored(graph, node, takes)
     selections = {i: u for i, u in _parts(node).items() if not is_backward(u)}
     sources = {s: takes(s) for s in node.all_input_nodes}
     if node.target in BATCH_NORMS and node.args[5] is True:
@@ -191,6 +194,19 @@ def _write_again(
         _mark(picked)
         found[selection] = picked
     return found
+
+
+def _restored(
+    graph: fx.Graph, node: fx.Node, takes: Callable[[fx.Node], fx.Node]
+) -> dict[fx.Node, fx.Node]:
+    """The value that a smaller form was made of."""
+    value = node.args[0]
+    assert isinstance(value, fx.Node)
+    like = value.meta["val"]
+    copy = graph.call_function(RESTORE, (takes(node), node.args[1], list(like.shape), like.dtype))
+    copy.meta = dict(value.meta)
+    _mark(copy)
+    return {value: copy}
 
 
 def _dropout_again(

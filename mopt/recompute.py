@@ -36,6 +36,7 @@ class Call:
     """One call: the storages it reads and makes, its time, and bytes it needs only while it runs.
 
     ``again`` is None for what must not be repeated (random numbers, effects, backward calls).
+    ``form`` names the smaller form that a call makes of a value; its ``again`` restores the value.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Call:
     workspace: int = 0
     layer: str = ""
     again: Again | None = None
+    form: str = ""
 
 
 @dataclass(frozen=True)

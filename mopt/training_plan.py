@@ -63,7 +63,12 @@ def plan_training(
     modes = {module: module.training for module in model.modules()}
     model.train()
     try:
-        backend: Callable[..., Any] = aot_autograd(fw_compiler=_not_reached, partition_fn=partition)
+        trace = aot_autograd(fw_compiler=_not_reached, partition_fn=partition)
+
+        def backend(module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+            session.prepare(module)
+            return trace(module, inputs)  # type: ignore[no-any-return]
+
         torch.compile(_WithLoss(model, loss), backend=backend, fullgraph=True, dynamic=False)(
             *args, **kwargs
         )

@@ -82,7 +82,7 @@ class _Model:
         self.calls_of = [[o for o in calls if (o, k) in self.run] for k in range(self.stages)]
         self.hold = {
             (v, k): self.lp.add_variable(
-                f"h_{v}_{k}", 1 if v in tables.fixed and k == 0 else 0, 1, pulp.LpBinary
+                f"h_{v}_{k}", 0, 1, pulp.LpBinary
             )
             for v in self.values for k in range(int(tables.last[v]) + 1)
         }  # fmt: skip

@@ -98,18 +98,8 @@ def _bring(problem: RecomputeProblem, wanted: int, there: set[int], items: list[
 
 
 def must_keep(problem: RecomputeProblem) -> frozenset[int]:
-    """What every plan keeps: read by backward, or by any repetition, and not repeatable itself."""
-    fixed: set[int] = set()
-    stack = list(problem.needed)
-    seen: set[int] = set()
-    while stack:
-        s = stack.pop()
-        if s in seen:
-            continue
-        seen.add(s)
-        if s not in problem.remakes:
-            fixed.add(s)
-    return frozenset(fixed)
+    """What no plan can repeat: it is kept wherever backward, or a repetition, reads it."""
+    return frozenset(s for s in sources(problem) if s not in problem.remakes)
 
 
 def sources(problem: RecomputeProblem) -> frozenset[int]:

@@ -31,7 +31,16 @@ def test_the_plan_is_printed_by_layer(mopt: Call, place: Path) -> None:
     done = mopt("train-plan", "net.py:factory", "--memory", "70%", "--optimizer", "adamw", *QUICK)
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
-    assert lines[0].split() == ["layer", "kept", "given", "up", "repeated", "time", "again"]
+    assert lines[0].split() == [
+        "layer",
+        "kept",
+        "compressed",
+        "given",
+        "up",
+        "repeated",
+        "time",
+        "again",
+    ]
     assert "layers.0" in done.out
     assert "least peak found" in done.out
     assert lines[-1].endswith("more time (estimated)")

@@ -1,0 +1,209 @@
+"""Smaller forms of what a training step keeps for backward, exact and lossy.
+
+Each form is a pair of ``mopt::`` operators, ``squeeze`` before it is kept and ``restore`` in
+backward. Exact: ``bits`` (one bit for a truth value) and ``int16``/``int32`` (places within a
+pooling window's plane). Lossy: ``int8``, ``int4`` (least value and step for each group of 128) and
+``fp8`` (E4M3, largest value of each group at the end of its range). Groups run over the values in
+memory order. Both operators work in pieces, so that they need little besides their results.
+
+Importing this module registers the operators; nothing else happens.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from mopt.flops import shape_of
+
+aten = torch.ops.aten
+EXACT = ("bits", "int16", "int32")
+LOSSY = ("int8", "int4", "fp8")
+GROUP = 128
+_PIECE = 512 * GROUP
+_LEAST = 1024
+_FP8_TOP = 448.0
+# What takes long to compute again and is therefore worth an approximation.
+_HEAVY = (
+    aten.mm.default, aten.addmm.default, aten.bmm.default, aten.convolution.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+)  # fmt: skip
+
+
+def squeezed_bytes(form: str, count: int) -> int:
+    """Bytes of ``count`` values in a form."""
+    groups = -(-count // GROUP)
+    if form == "bits":
+        return -(-count // 8)
+    if form in ("int16", "int32"):
+        return count * (2 if form == "int16" else 4)
+    return groups * GROUP // (2 if form == "int4" else 1) + groups * (4 if form == "fp8" else 8)
+
+
+@torch.library.custom_op("mopt::squeeze", mutates_args=())
+def squeeze(value: Tensor, form: str) -> Tensor:
+    """``value`` in a form, as uint8 of one dimension."""
+    flat = value.reshape(-1)
+    count = flat.numel()
+    if form in ("int16", "int32"):
+        return flat.to(getattr(torch, form)).view(torch.uint8)
+    out = torch.zeros(squeezed_bytes(form, count), dtype=torch.uint8, device=value.device)
+    if form == "bits":
+        for start in range(0, count, _PIECE):
+            piece = flat[start : start + _PIECE].view(torch.uint8)
+            for bit in range(8):
+                part = piece[bit::8]
+                place = out[start // 8 : start // 8 + part.numel()]
+                place |= part << bit
+        return out
+    groups = -(-count // GROUP)
+    codes, rest = _parts(out, form, groups)
+    for start in range(0, groups, _PIECE // GROUP):
+        end = min(groups, start + _PIECE // GROUP)
+        part = flat[start * GROUP : end * GROUP].float()
+        if part.numel() < (end - start) * GROUP:
+            # The last value again: a filler must not widen its group's range.
+            last = part[-1:].expand((end - start) * GROUP - part.numel())
+            part = torch.cat((part, last))
+        rows = part.view(-1, GROUP)
+        if form == "fp8":
+            scale = (rows.abs().amax(1, keepdim=True) / _FP8_TOP).clamp_min_(1e-30)
+            codes[start:end] = (rows / scale).to(torch.float8_e4m3fn).view(torch.uint8)
+            rest[start:end] = scale
+            continue
+        top = 255 if form == "int8" else 15
+        low, high = rows.aminmax(dim=1, keepdim=True)
+        step = ((high - low) / top).clamp_min_(1e-30)
+        rest[start:end, :1], rest[start:end, 1:] = low, step
+        found = rows.sub(low).div_(step).round_().clamp_(0, top).to(torch.uint8)
+        codes[start:end] = found if form == "int8" else found[:, ::2] | (found[:, 1::2] << 4)
+    return out
+
+
+@squeeze.register_fake
+def _(value: Tensor, form: str) -> Tensor:
+    return value.new_empty(squeezed_bytes(form, value.numel()), dtype=torch.uint8)
+
+
+@torch.library.custom_op("mopt::restore", mutates_args=())
+def restore(packed: Tensor, form: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+    """What :func:`squeeze` was given; for lossy forms, the nearest values of the form."""
+    count = 1
+    for size in shape:
+        count *= size
+    if form in ("int16", "int32"):
+        return packed.view(getattr(torch, form)).to(dtype).view(shape)
+    if form == "bits":
+        whole = torch.empty(8 * packed.numel(), dtype=torch.uint8, device=packed.device)
+        for bit in range(8):
+            torch.bitwise_right_shift(packed, bit, out=whole[bit::8]).bitwise_and_(1)
+        return whole.view(torch.bool)[:count].view(shape).to(dtype)
+    groups = -(-count // GROUP)
+    codes, rest = _parts(packed, form, groups)
+    out = torch.empty(groups * GROUP, dtype=dtype, device=packed.device)
+    rows = out.view(groups, GROUP)
+    for start in range(0, groups, _PIECE // GROUP):
+        end = min(groups, start + _PIECE // GROUP)
+        part = codes[start:end]
+        if form == "fp8":
+            rows[start:end] = part.view(torch.float8_e4m3fn).float() * rest[start:end]
+            continue
+        if form == "int4":
+            part = torch.stack((part & 15, part >> 4), dim=-1).flatten(1)
+        rows[start:end] = part.float().mul_(rest[start:end, 1:]).add_(rest[start:end, :1])
+    return out[:count].view(shape)
+
+
+@restore.register_fake
+def _(packed: Tensor, form: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+    return packed.new_empty(shape, dtype=dtype)
+
+
+def _parts(packed: Tensor, form: str, groups: int) -> tuple[Tensor, Tensor]:
+    """The codes [groups, bytes] and the group's numbers [groups, 1 or 2] within the bytes."""
+    width = GROUP // 2 if form == "int4" else GROUP
+    numbers = 1 if form == "fp8" else 2
+    codes = packed[: groups * width].view(groups, width)
+    return codes, packed[groups * width :].view(torch.float32).view(groups, numbers)
+
+
+SQUEEZE = torch.ops.mopt.squeeze.default
+RESTORE = torch.ops.mopt.restore.default
+
+
+@dataclass(frozen=True)
+class Form:
+    """A value of forward and the form it may be kept in."""
+
+    value: fx.Node
+    name: str
+
+
+def exact_forms(nodes: Iterable[fx.Node]) -> list[Form]:
+    """Values that can be kept smaller without any loss: truth values, places in pooling planes."""
+    found = []
+    for node in nodes:
+        value = node.meta.get("val")
+        if not _suits(value):
+            continue
+        if value.dtype == torch.bool:
+            found.append(Form(node, "bits"))
+        source = node.args[0] if node.args else None
+        if (
+            value.dtype == torch.int64
+            and isinstance(source, fx.Node)
+            and source.target is aten.max_pool2d_with_indices.default
+            and node.args[1] == 1
+        ):
+            image = source.args[0]
+            assert isinstance(image, fx.Node)
+            height, width = shape_of(image.meta["val"])[-2:]
+            if height * width < 1 << 31:
+                found.append(Form(node, "int16" if height * width < 1 << 15 else "int32"))
+    return found
+
+
+def lossy_forms(nodes: Iterable[fx.Node], form: str) -> list[Form]:
+    """Results of matrix products, convolutions and attention, which ``form`` may stand for."""
+    found = []
+    for node in nodes:
+        value = node.meta.get("val")
+        if not _suits(value) or not value.is_floating_point():
+            continue
+        maker = node.args[0] if node.target is operator.getitem else node
+        if isinstance(maker, fx.Node) and maker.target in _HEAVY:
+            found.append(Form(node, form))
+    return found
+
+
+def _suits(value: object) -> bool:
+    if not isinstance(value, Tensor) or not all(isinstance(n, int) for n in value.shape):
+        return False
+    own = value.untyped_storage().nbytes() == value.numel() * value.dtype.itemsize
+    return own and value.is_contiguous() and value.numel() >= _LEAST
+
+
+def offer(module: fx.GraphModule, forms: Iterable[Form]) -> None:
+    """Write the squeezing of each form behind its value; what no plan keeps is dead code."""
+    for form in forms:
+        node = form.value
+        with module.graph.inserting_after(node):
+            packed = module.graph.call_function(SQUEEZE, (node, form.name))
+        value = node.meta["val"]
+        fakes = [v for v in pytree.tree_leaves(value) if isinstance(v, Tensor)]
+        mode = fakes[0].fake_mode  # type: ignore[attr-defined]
+        with mode:
+            meta = torch.empty(
+                squeezed_bytes(form.name, value.numel()), dtype=torch.uint8, device=value.device
+            )
+        packed.meta = {
+            key: node.meta[key] for key in ("nn_module_stack", "fwd_nn_module_stack")
+            if key in node.meta
+        } | {"val": meta, "partitioner_tag": "is_forward"}  # fmt: skip
