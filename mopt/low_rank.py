@@ -88,6 +88,13 @@ def break_even(shape: Sequence[int]) -> int:
     return max((outputs * inputs - 1) // (outputs + inputs), 0)
 
 
+def uniform_rank(shape: Sequence[int], ratio: float, multiple: int) -> int:
+    """The rank that removes a share of a layer's parameters, a multiple rounded down, not 0."""
+    outputs, inputs = shape
+    rank = int((1 - ratio) * outputs * inputs / (outputs + inputs))
+    return max(rank // multiple * multiple, multiple)
+
+
 def allocate(
     found: Mapping[str, Decomposition], shapes: Mapping[str, tuple[int, int]], budget: int, *,
     weights: Mapping[str, float], step: int = 1, floor: float = 0.1,

@@ -22,6 +22,8 @@ _LEAST_LOSS = 1e-4
 # Measured factors beyond these say that something else went wrong.
 _LEAST_FACTOR, _LARGEST_FACTOR = 0.02, 1e4
 _SAVINGS = (-2.0, 1.5)
+# Below this share of the quality, formats that lose much are looked at too.
+_LOOSE = 0.98
 # Times that differ by less than this share are equal.
 _SAME_TIME = 1e-3
 
@@ -113,6 +115,12 @@ def objective(budget: Budget) -> str:
 def asks_for_size(budget: Budget) -> bool:
     """Whether fewer stored bytes are worth something even where nothing runs faster."""
     return budget.minimize == "size" or bool(budget.get("size") or budget.get("memory"))
+
+
+def allows_loss(budget: Budget) -> bool:
+    """Whether so much quality may be lost that low ranks are worth their search."""
+    quality = budget.get("quality")
+    return quality is not None and quality.limit(1.0) <= _LOOSE
 
 
 def read_limits(

@@ -14,6 +14,7 @@ from mopt.errors import UsageError
 from mopt.flops import size_hint
 from mopt.formats import find_format
 from mopt.formats.int_blocks import IntBlocks
+from mopt.formats.low_rank import LowRank
 from mopt.layer_request import layer_request
 from mopt.layers import Layer, find_layers
 from mopt.machine import machine_fingerprint
@@ -105,9 +106,12 @@ def read_sites(program: Program, selects: Any, min_size: int) -> tuple[list[Site
 
 
 def format_names(
-    kind: str, *, given: Sequence[str], with_static: bool, with_stored: bool
+    kind: str, *, given: Sequence[str], with_static: bool, with_stored: bool, with_ranks: bool
 ) -> list[str]:
-    """The formats to consider for a kind of layer; ``given`` are the user's own."""
+    """The formats to consider for a kind of layer; ``given`` are the user's own.
+
+    ``with_stored`` asks for formats that only make the file smaller, ``with_ranks`` for low ranks.
+    """
     if given:
         return [name for name in given if kind in find_format(name).kinds]
     suffix = "" if _adds_without_saturation() else "-reduced"
@@ -118,7 +122,8 @@ def format_names(
     if kind == "convolution":
         return [*static, *(["int8-stored"] if with_stored else []), *half]
     grouped = ["int8-g128", "int4-g32", "int4-g128"]
-    return [f"int8-dynamic{suffix}", *grouped, *static, *half]
+    ranks = ["low-rank-50", "low-rank-25"] if with_ranks else []
+    return [f"int8-dynamic{suffix}", *grouped, *static, *half, *ranks]
 
 
 def _adds_without_saturation() -> bool:
@@ -133,7 +138,8 @@ def requests(sites: Sequence[Sites], names: Mapping[str, Sequence[str]]) -> list
     for one in sites:
         for layer in one.layers:
             for name in dict.fromkeys(("fp32", *names[layer.kind])):
-                found += [_request(layer, call, name, one) for call in layer.calls]
+                found += [asked for call in layer.calls
+                          for asked in _requests(layer, call, name, one)]  # fmt: skip
     return found
 
 
@@ -237,8 +243,7 @@ def _latency(
     if model is None:
         return 0.0, "estimated"
     total, sources = 0.0, set()
-    for call in layer.calls:
-        asked = _request(layer, call, name, one)
+    for asked in (asked for call in layer.calls for asked in _requests(layer, call, name, one)):
         try:
             cost = model.layer_cost(
                 asked.kind, asked.shape, asked.weight_format, rows=asked.rows,
@@ -251,6 +256,16 @@ def _latency(
         total += cost.milliseconds
         sources.add("measured" if cost.level == "measured" else "estimated")
     return total, _worst(sources)
+
+
+def _requests(layer: Layer, call: Any, name: str, one: Sites) -> list[LayerRequest]:
+    """What a call of a layer in a format executes."""
+    form = find_format(name) if name not in (ORIGINAL, "fp32") else None
+    if isinstance(form, LowRank):
+        (outputs, inputs), rank = layer.shape, form.rank(layer.shape)
+        return [LayerRequest("linear", shape, rows=_rows(call))
+                for shape in ((rank, inputs), (outputs, rank))]  # fmt: skip
+    return [_request(layer, call, name, one)]
 
 
 def _request(layer: Layer, call: Any, name: str, one: Sites) -> LayerRequest:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from mopt.formats import GridFormat, find_format
 from mopt.formats.base import require_finite
 from mopt.formats.int_blocks import IntBlocks
+from mopt.formats.low_rank import LowRank
 from mopt.layers import find_layers
 from mopt.pass_base import PassContext
 from mopt.passes.choose._options import STATIC
@@ -49,19 +51,25 @@ def place(
 
 
 def is_fitted(name: str) -> bool:
-    """Whether a format's codes can be fitted to calibration data."""
-    return isinstance(find_format(name), IntBlocks)
+    """Whether a format's codes or factors can be fitted to calibration data."""
+    return isinstance(find_format(name), IntBlocks | LowRank)
 
 
 def _place_fitted(program: Program, paths: list[str], name: str, ctx: PassContext) -> None:
     form = find_format(name)
-    assert isinstance(form, IntBlocks)
-    options = {
-        "layers": ",".join(_literal(path) for path in paths), "bits": form.width,
-        "group": form.group, "symmetric": not form.asymmetric, "activations": form.activations,
-        "min_size": 0,
-    }  # fmt: skip
-    make_pass("quantize-gptq", options).run(program, replace(ctx, observations=()))
+    options: dict[str, Any] = {"layers": ",".join(map(_literal, paths)), "min_size": 0}
+    algorithm = "quantize-gptq"
+    if isinstance(form, LowRank):
+        algorithm = "factorize-linears"
+        options |= {"ratio": 1 - form.percent / 100, "ranks": "uniform", "allow_slower": True}
+    else:
+        assert isinstance(form, IntBlocks)
+        options |= {
+            "bits": form.width, "group": form.group, "symmetric": not form.asymmetric,
+            "activations": form.activations,
+        }  # fmt: skip
+    make_pass(algorithm, options).run(program, replace(ctx, observations=()))
+    program.plan.setdefault("formats", {}).update(dict.fromkeys(paths, name))
     program.refresh()
 
 

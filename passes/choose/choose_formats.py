@@ -17,6 +17,7 @@ from mopt.passes.choose._explain import explain
 from mopt.passes.choose._limits import (
     Corrections,
     Limits,
+    allows_loss,
     asks_for_size,
     make_problem,
     read_limits,
@@ -193,7 +194,11 @@ class ChooseFormats(Pass):
         static = ctx.calibration is not None
         names = {
             kind: format_names(
-                kind, given=self._given(), with_static=static, with_stored=asks_for_size(budget)
+                kind,
+                given=self._given(),
+                with_static=static,
+                with_stored=asks_for_size(budget),
+                with_ranks=allows_loss(budget),
             )
             for kind in kinds
         }

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+import mopt
 from mopt.budget import Budget
 from mopt.cache import Cache
 from mopt.choice import Baseline, Observation
@@ -341,3 +342,27 @@ def test_losses_by_the_users_metric() -> None:
         Pipeline([make_pass("choose-formats", {"loss": "metric"})]).run(
             program, replace(without, evaluate=None)
         )
+
+
+def test_low_ranks_are_candidates_where_much_may_be_lost() -> None:
+    torch.manual_seed(0)
+    thin = nn.Linear(64, 64)
+    with torch.no_grad():  # of rank 8, nearly
+        thin.weight.copy_(torch.randn(64, 8) @ torch.randn(8, 64) / 8 + 1e-4 * torch.randn(64, 64))
+    program = mopt.capture(
+        nn.Sequential(thin, nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8)).eval(),
+        (torch.randn(32, 64),),
+    )
+    options = {"formats": "low-rank-25"}
+    done = run(program, "minimize=size", "quality>=0.95", options=options)
+    chosen = {path: row["chosen"] for path, row in done.plan["choice"]["layers"].items()}
+    assert chosen["0"] == "low-rank-25"
+    assert done.plan["formats"]["0"] == "low-rank-25"
+    assert done.size_bytes() < program.size_bytes()
+    strict = run(program, "minimize=size", "quality>=0.9999999")
+    every = {c["format"] for row in strict.plan["choice"]["layers"].values()
+             for c in row["candidates"]}  # fmt: skip
+    assert not any("low-rank" in name for name in every)
+    loose = run(program, "minimize=size", "quality>=0.95")
+    candidates = loose.plan["choice"]["layers"]["0"]["candidates"]
+    assert {"low-rank-50", "low-rank-25"} <= {c["format"] for c in candidates}
