@@ -22,6 +22,7 @@ _PUBLIC = {
     "Report": "mopt.report",
     "capture": "mopt.frontend",
     "compile": "mopt.driver",
+    "fit": "mopt.training_step",
     "load": "mopt.lowering",
     "lower": "mopt.lowering",
 }
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from mopt.program import Program as Program
     from mopt.recipe import Recipe as Recipe
     from mopt.report import Report as Report
+    from mopt.training_step import fit as fit
 
 
 def __getattr__(name: str) -> Any:

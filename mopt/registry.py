@@ -148,3 +148,10 @@ def find_step_planner() -> Callable[..., RecomputePlan]:
     """The planner of training steps: ``plan(problem, budget, seconds=..., solver=...)``."""
     plan: Callable[..., RecomputePlan] = import_module("mopt.passes.checkpoint.plan").plan
     return plan
+
+
+def find_training_backend() -> Callable[..., Callable[..., Any]]:
+    """What compiles one graph of dynamo's: ``compile_with(session, module, example_inputs)``."""
+    found: Callable[..., Callable[..., Any]]
+    found = import_module("mopt.backends.dynamo").compile_with
+    return found
