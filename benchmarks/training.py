@@ -1,12 +1,14 @@
-"""Training steps within shares of their activations: real peaks, equal gradients, seconds.
+"""Training steps within budgets: real peaks, equal gradients, recomputed time at equal real peak.
 
-    python -m benchmarks.training [--models decoder,cnn,bert] [--rounds 5] [--json FILE]
+    python -m benchmarks.training [--models decoder,bert,...] [--json FILE]
 
 Each model trains one step plainly, with ``backend="mopt"`` at 70, 50, 35 and 25 % of the plain
-step's activations, and with two peers: PyTorch's own ``activation_memory_budget`` at the same
-shares, and ``torch.utils.checkpoint`` around every block. Peaks are bytes that PyTorch's CPU
-allocator handed out above what was held before the step. Times are medians of rounds in which the
-candidates take turns; run it on a quiet machine.
+step's activations, and with two peers: PyTorch's own ``activation_memory_budget`` (its solvers),
+and ``torch.utils.checkpoint`` around every block. For every peer, mopt is then given the very peak
+that the peer reached. Peaks are bytes that PyTorch's CPU allocator handed out above what was held
+before the step. Recomputed time is the calls (operator and shapes, as the profiler lists them) that
+a step runs more often than the step that keeps everything, each kind at the least mean time that
+was seen in any of the model's runs: the same price for everybody, on a busy machine too.
 """
 
 from __future__ import annotations
@@ -14,248 +16,260 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics
-import time
+import platform
+from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from mopt.allocations import record_allocations
 from mopt.backends.dynamo import boxed, mopt_backend, session_of
 from mopt.errors import MoptError
-from mopt.models.gpt_12x768 import Block
+from mopt.models import _bert, resnet50, unet3d, vit
+from mopt.models._blocks import Decoder, DecoderBlock, SwiGLU
+from mopt.models._moe import WIDTH, DenseExperts
 
 SHARES = (0.70, 0.50, 0.35, 0.25)
+PEERS = [("dp", share) for share in SHARES] + [("greedy", 0.5), ("ilp", 0.5)]
 
 
-class Decoder(nn.Module):
-    """Pre-norm decoder blocks with dropout and a language-model loss."""
+class WithLoss(nn.Module):
+    """The mean square of the first output: the loss takes next to nothing beside the model."""
 
-    def __init__(self, causal_width: int = 128, layers: int = 6) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(500, causal_width)
-        self.blocks = nn.ModuleList(Block(causal_width, 4) for _ in range(layers))
-        self.head = nn.Linear(causal_width, 500)
+        self.model = model
 
-    def forward(self, ids: Tensor, run: Callable[..., Tensor] | None = None) -> Tensor:
-        x = self.tokens(ids)
-        for block in self.blocks:
-            x = F.dropout(run(block, x) if run else block(x), 0.1, self.training)
-        return F.cross_entropy(self.head(x).flatten(0, 1), ids.flatten())
-
-    @staticmethod
-    def batch() -> Tensor:
-        return torch.randint(500, (4, 128))
+    def forward(self, *inputs: Tensor) -> Tensor:
+        first: Tensor = pytree.tree_leaves(self.model(*inputs))[0]
+        return first.square().mean()
 
 
-class Residual(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width),
-        )  # fmt: skip
+class Entry(NamedTuple):
+    """A model, its batch, the class of the blocks that are checkpointed, and what was reduced."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x + self.body(x))
+    make: Callable[[], nn.Module]
+    batch: Callable[[], tuple[Tensor, ...]]
+    block: type[nn.Module]
+    size: str
 
 
-class Cnn(nn.Module):
-    """Residual blocks with batch norm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 16, 3, padding=1)
-        self.blocks = nn.ModuleList(Residual(16) for _ in range(6))
-        self.head = nn.Linear(16, 10)
-
-    def forward(self, x: Tensor, run: Callable[..., Tensor] | None = None) -> Tensor:
-        x = self.stem(x)
-        for block in self.blocks:
-            x = run(block, x) if run else block(x)
-        return self.head(x.mean((2, 3))).square().mean()
-
-    @staticmethod
-    def batch() -> Tensor:
-        return torch.randn(8, 3, 32, 32)
+def _ids(rows: int, length: int, words: int) -> tuple[Tensor, ...]:
+    return (torch.randint(words, (rows, length)),)
 
 
-class Bert(nn.Module):
-    """Post-norm encoder layers as in BERT, from torch.nn, with dropout."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(500, 128)
-        self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(128, 4, 512, 0.1, "gelu", batch_first=True) for _ in range(6)
-        )
-        self.head = nn.Linear(128, 500)
-
-    def forward(self, ids: Tensor, run: Callable[..., Tensor] | None = None) -> Tensor:
-        x = self.tokens(ids)
-        for block in self.blocks:
-            x = run(block, x) if run else block(x)
-        return F.cross_entropy(self.head(x).flatten(0, 1), ids.flatten())
-
-    batch = staticmethod(Decoder.batch)
+def _decoder(width: int, layers: int, feed_forward: Callable[[], nn.Module]) -> nn.Module:
+    return Decoder(
+        vocabulary=1000, context=256, width=width, layers=layers, heads=width // 32,
+        feed_forward=feed_forward,
+    )  # fmt: skip
 
 
-MODELS: dict[str, type[Any]] = {"decoder": Decoder, "cnn": Cnn, "bert": Bert}
+MODELS = {
+    "decoder": Entry(
+        lambda: _decoder(128, 12, lambda: SwiGLU(128, 384)), lambda: _ids(2, 256, 1000),
+        DecoderBlock, "12 layers, width 128 (asked: 768), 2 x 256 tokens (asked: 512 long)",
+    ),
+    "bert": Entry(
+        lambda: _bert.Encoder(6, 192, 6),
+        lambda: (*_ids(8, 128, 1000), torch.ones(8, 128, dtype=torch.long)), _bert.Layer,
+        "6 layers, width 192, 8 x 128 tokens",
+    ),
+    "vit": Entry(
+        lambda: vit.VisionTransformer(6, 192, 6), lambda: (torch.randn(4, 3, 224, 224),), vit.Block,
+        "6 layers, width 192, 4 images of 224 pixels",
+    ),
+    "resnet50": Entry(
+        resnet50.ResNet, lambda: (torch.randn(16, 3, 96, 96),), resnet50.Bottleneck,
+        "16 images of 96 pixels",
+    ),
+    "unet3d": Entry(
+        unet3d.UNet3d, lambda: (torch.randn(1, 1, 32, 32, 32),), unet3d.Residual,
+        "one volume of 32 x 32 x 32",
+    ),
+    "moe": Entry(
+        lambda: _decoder(WIDTH, 3, DenseExperts), lambda: _ids(2, 256, 1000), DecoderBlock,
+        "3 layers of 8 experts, width 256, 2 x 256 tokens",
+    ),
+}  # fmt: skip
 
 
-def _step(run: Callable[[], Tensor], model: nn.Module) -> None:
-    torch.manual_seed(1)
-    model.zero_grad()
-    run().backward()
+class Run(NamedTuple):
+    """One candidate's step: what it holds at most, its gradients, its calls."""
+
+    peak: int
+    gradients: list[Tensor]
+    calls: Counter[Any]
 
 
-def _measure(run: Callable[[], Tensor], model: nn.Module) -> tuple[int, list[Tensor]]:
-    """The peak of a second step, and the gradients."""
-    _step(run, model)
-    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    model.zero_grad()
-    torch.manual_seed(1)
-    with record_allocations() as seen:
-        run().backward()
-    return seen.total.peak, gradients
+class Bench:
+    """All candidates of one model, measured in one process."""
 
+    def __init__(self, name: str, seconds: float) -> None:
+        self.name, self.entry, self.seconds = name, MODELS[name], seconds
+        torch.manual_seed(0)
+        self.model = WithLoss(self.entry.make()).train()
+        self.batch = self.entry.batch()
+        self.price: dict[Any, float] = {}
+        self.rows: list[dict[str, Any]] = []
 
-def _torch_budget(share: float) -> Callable[..., Any]:
-    from torch._dynamo.backends.common import aot_autograd
+    def measure(self, run: Callable[..., Tensor], model: nn.Module) -> Run:
+        """The second step's peak and gradients, and the third step's calls."""
 
-    def partition(*args: Any, **kwargs: Any) -> Any:
-        with functorch_config.patch(activation_memory_budget=share):
-            return min_cut_rematerialization_partition(*args, **kwargs)
+        def step() -> None:
+            model.zero_grad()
+            torch.manual_seed(1)
+            run(*self.batch).backward()
 
-    backend: Callable[..., Any] = aot_autograd(
-        fw_compiler=boxed, bw_compiler=boxed, partition_fn=partition
-    )
-    return backend
+        start = {n: b.clone() for n, b in model.named_buffers()}
+        step()
+        for n, b in model.named_buffers():
+            b.copy_(start[n])
+        model.zero_grad()
+        torch.manual_seed(1)
+        with record_allocations() as seen:
+            run(*self.batch).backward()
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True
+        ) as profile:
+            step()
+        calls: Counter[Any] = Counter()
+        for event in profile.key_averages(group_by_input_shape=True):
+            if not event.key.startswith("aten::"):
+                continue
+            kind = (event.key, str(event.input_shapes))
+            calls[kind] += event.count
+            mean = 1e-6 * event.self_cpu_time_total / event.count
+            self.price[kind] = min(mean, self.price.get(kind, mean))
+        return Run(seen.total.peak, gradients, calls)
 
+    def plain(self, blocks: bool) -> Run:
+        """PyTorch as it is, with or without a checkpoint around every block."""
+        own = copy.deepcopy(self.model)
+        for module in own.modules():
+            if blocks and isinstance(module, self.entry.block):
+                module.forward = partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
+        return self.measure(own, own)
 
-def candidates(
-    model: nn.Module, x: Tensor, shares: Sequence[float], seconds: float
-) -> dict[str, Callable[[], Any]]:
-    """Name to a function that makes (model, run, facts of the plan)."""
-
-    def plain() -> Any:
-        own = copy.deepcopy(model)
-        return own, lambda: own(x), {}
-
-    def blocks() -> Any:
-        own = copy.deepcopy(model)
-
-        def again(block: nn.Module, value: Tensor) -> Tensor:
-            result: Tensor = checkpoint(block, value, use_reentrant=False)
-            return result
-
-        return own, lambda: own(x, again), {}
-
-    def mopt(share: float) -> Any:
-        own = copy.deepcopy(model)
-        options = {"memory_budget": f"{100 * share:g}%", "seconds": seconds}
-        run = torch.compile(own, backend=mopt_backend, options=options)
-        run(x)
+    def mopt(self, budget: str | int | None) -> tuple[Run, dict[str, Any], int]:
+        """The step under a budget, facts of its plan, and the bytes of weights and inputs."""
+        torch._dynamo.reset()
+        own = copy.deepcopy(self.model)
+        options = {"memory_budget": budget, "seconds": self.seconds}
+        found = self.measure(torch.compile(own, backend=mopt_backend, options=options), own)
         session = session_of(options)
         assert session is not None
         (done,) = session.plans
         fixed = done.kinds["weights and inputs"]
-        return own, lambda: run(x), {
-            "budget": done.plan.budget - fixed, "planned": done.plan.figures.peak - fixed,
-            "least": done.plan.least_peak - fixed, "solver": done.plan.solver,
-            "repeated": done.plan.figures.repeated_seconds / done.problem.seconds,
-            "gap": done.plan.gap,
-        }  # fmt: skip
+        figures, total = done.plan.figures, done.problem.seconds
+        return found, {
+            "budget": done.plan.budget - fixed, "planned": figures.peak - fixed,
+            "planned_share": figures.repeated_seconds / total, "gap": done.plan.gap,
+            "bound_share": done.plan.seconds_bound / total, "least": done.plan.least_peak - fixed,
+            "solver": done.plan.solver, "solve_seconds": done.plan.solve_seconds,
+        }, fixed  # fmt: skip
 
-    def peer(share: float) -> Any:
-        own = copy.deepcopy(model)
-        run = torch.compile(own, backend=_torch_budget(share))
-        return own, lambda: run(x), {}
+    def torch_budget(self, solver: str, share: float) -> Run:
+        """PyTorch's own partitioner at one of its budgets."""
 
-    found: dict[str, Callable[[], Any]] = {"plain": plain, "checkpoint every block": blocks}
-    for share in shares:
-        found[f"mopt {share:.0%}"] = lambda share=share: mopt(share)
-        found[f"torch budget {share:g}"] = lambda share=share: peer(share)
-    return found
+        def partition(*args: Any, **kwargs: Any) -> Any:
+            with functorch_config.patch(
+                activation_memory_budget=share, activation_memory_budget_solver=solver
+            ):
+                return min_cut_rematerialization_partition(*args, **kwargs)
 
-
-def bench(
-    name: str, rounds: int, shares: Sequence[float] = SHARES, seconds: float = 4.0
-) -> list[dict[str, Any]]:
-    """One row for each candidate."""
-    torch.manual_seed(0)
-    model = MODELS[name]()
-    x = MODELS[name].batch()
-    rows, runs = [], {}
-    expected: list[Tensor] = []
-    for label, make in candidates(model, x, shares, seconds).items():
         torch._dynamo.reset()
-        try:
-            own, run, facts = make()
-            peak, gradients = _measure(run, own)
-        except (MoptError, torch._dynamo.exc.BackendCompilerFailed) as error:
-            reason = getattr(error, "inner_exception", error)
-            rows.append({"model": name, "candidate": label, "failed": str(reason).split(";")[0]})
-            continue
-        expected = expected or gradients
-        equal = all(torch.equal(a, b) for a, b in zip(expected, gradients, strict=True))
-        rows.append(
-            {"model": name, "candidate": label, "peak": peak, "gradients_equal": equal, **facts}
+        own = copy.deepcopy(self.model)
+        backend = aot_autograd(fw_compiler=boxed, bw_compiler=boxed, partition_fn=partition)
+        return self.measure(torch.compile(own, backend=backend), own)
+
+    def extra(self, found: Run, base: Run) -> float:
+        """Seconds of the calls that a run makes more often than its base."""
+        return sum(
+            self.price[kind] * (count - base.calls[kind])
+            for kind, count in found.calls.items()
+            if count > base.calls[kind]
         )
-        runs[label] = (run, own)
-        print(f"{name:8} {label:24} {peak} bytes, equal={equal} {facts}", flush=True)
-    times: dict[str, list[float]] = {label: [] for label in runs}
-    for _ in range(rounds):
-        for label, (run, own) in runs.items():
-            started = time.perf_counter()
-            _step(run, own)
-            times[label].append(time.perf_counter() - started)
-    for row in rows:
-        if row["candidate"] in times:
-            row["seconds"] = statistics.median(times[row["candidate"]])
-    return rows
+
+    def all(self, asked: Sequence[float], wanted: str, save: Callable[[Any], None]) -> None:
+        """The figures of the shares asked for and of the peers whose names hold ``wanted``."""
+        plain = self.plain(blocks=False)
+        base, _, fixed = self.mopt(None)
+        step = sum(self.price[kind] * count for kind, count in base.calls.items())
+        rows: list[dict[str, Any]] = []
+        found = {
+            "model": self.name, "size": self.entry.size, "plain_peak": plain.peak,
+            "mopt_keep_all_peak": base.peak, "step_seconds": step, "rows": rows,
+        }  # fmt: skip
+        peers: list[tuple[str, Run | None, Callable[[], Run] | None]]
+        peers = [(f"mopt {share:g}", None, None) for share in asked]
+        peers.append(("checkpoint every block", plain, lambda: self.plain(blocks=True)))
+        for solver, share in PEERS:
+            name = f"torch {solver} {share:g}"
+            peers.append((name, base, partial(self.torch_budget, solver, share)))
+        for name, reference, make in peers:
+            if make is not None and wanted not in name:
+                continue
+            row: dict[str, Any] = {"candidate": name}
+            budget: str | int = f"{100 * float(name.split()[-1]):g}%" if make is None else 0
+            if make is not None and reference is not None:
+                peer = make()
+                row |= {"peer_peak": peer.peak, "peer_equal": _equal(peer, plain),
+                        "peer_recomputed_share": self.extra(peer, reference) / step}  # fmt: skip
+                budget = peer.peak + fixed
+            try:
+                ours, facts, _ = self.mopt(budget)
+            except torch._dynamo.exc.BackendCompilerFailed as error:
+                if not isinstance(error.inner_exception, MoptError):
+                    raise
+                row["failed"] = str(error.inner_exception).split(";")[0]
+            else:
+                row |= {"peak": ours.peak, "equal": _equal(ours, plain), **facts,
+                        "recomputed_share": self.extra(ours, base) / step}  # fmt: skip
+                if row.get("peer_recomputed_share"):
+                    row["ratio"] = row["recomputed_share"] / row["peer_recomputed_share"]
+            rows.append(row)
+            print(self.name, row, flush=True)
+            save(found)
+
+
+def _equal(one: Run, other: Run) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.gradients, other.gradients, strict=True))
 
 
 def main() -> None:
-    """Print a line for each candidate, and write all figures with --json."""
+    """Print every candidate, and write all figures with --json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--shares", default=",".join(map(str, SHARES)))
-    parser.add_argument("--seconds", type=float, default=4.0, help="CPU seconds for each plan")
+    parser.add_argument("--peers", default="", help="only peers whose name holds this")
+    parser.add_argument("--shares", default=",".join(map(str, SHARES)), help="'' for none")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of search for each plan")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    shares = [float(share) for share in given.shares.split(",") if share]
     torch.set_num_threads(1)
-    every = []
-    shares = [float(share) for share in given.shares.split(",")]
+    known: dict[str, Any] = {}
+    if given.json and given.json.exists():
+        known = {row["model"]: row for row in json.loads(given.json.read_text())["models"]}
+
+    def save(row: dict[str, Any]) -> None:
+        if given.json:
+            about = {"torch": torch.__version__, "machine": platform.machine(), "threads": 1}
+            whole = {**about, "models": [*{**known, row["model"]: row}.values()]}
+            given.json.write_text(json.dumps(whole, indent=1) + "\n")
+
     for name in given.models.split(","):
-        rows = bench(name, given.rounds, shares, given.seconds)
-        every += rows
-        plain = rows[0]
-        for row in rows:
-            if "failed" in row:
-                print(f"{name:8} {row['candidate']:24} {row['failed']}", flush=True)
-                continue
-            extra = "".join(
-                f" {key}={row[key]:,.3g}" if isinstance(row[key], float) else f" {key}={row[key]}"
-                for key in ("budget", "planned", "least", "repeated", "gap", "solver")
-                if key in row
-            )
-            print(
-                f"{name:8} {row['candidate']:24} peak {row['peak'] / 2**20:7.2f} MiB "
-                f"({row['peak'] / plain['peak']:.2f}) step x{row['seconds'] / plain['seconds']:.2f}"
-                f" equal={row['gradients_equal']}{extra}",
-                flush=True,
-            )
-    if given.json:
-        given.json.write_text(json.dumps(every, indent=1) + "\n")
+        Bench(name, given.seconds).all(shares, given.peers, save)
 
 
 if __name__ == "__main__":
