@@ -181,7 +181,7 @@ def _show_kernels(out: Output, parts: list[dict[str, Any]]) -> None:
         out.text()
         out.text(
             f"{plural(len(part['lowered']), 'layer')} in kernels "
-            f"({part['share']['kernels']:.1%} of the FLOPs), triton {part['triton']}"
+            f"({part['share']:.1%} of the estimated time), triton {part['triton']}"
         )
         if rows:
             out.table(columns, rows)
@@ -193,7 +193,7 @@ def _show_kernels(out: Output, parts: list[dict[str, Any]]) -> None:
             for one in part["pytorch"]:
                 out.text(
                     f"PyTorch runs {one['operator']}: {plural(one['calls'], 'call')}, "
-                    f"{one['flops']:.1%} of the FLOPs"
+                    f"{one['time']:.1%} of the estimated time"
                 )
 
 

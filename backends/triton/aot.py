@@ -14,12 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mopt.backends.triton.architectures import Architecture
 from mopt.backends.triton.launch import Launch
-from mopt.cache import Cache
 from mopt.errors import LoweringError
+
+if TYPE_CHECKING:
+    from mopt.cache import Cache
 
 OLDEST = (3, 3)
 # 3.10 changes the default, and the numbers with it.

@@ -33,7 +33,7 @@ class StoredKernels:
     data: Mapping[str, Any]
 
 
-def write_kernels(plan: Plan, left: list[dict[str, Any]], folder: Path) -> list[str]:
+def write_kernels(plan: Plan, folder: Path) -> list[str]:
     """Write the file and the binaries; the names of what was written."""
     files = [KERNELS]
     entries: dict[str, dict[str, Any]] = {}
@@ -58,7 +58,7 @@ def write_kernels(plan: Plan, left: list[dict[str, Any]], folder: Path) -> list[
         "target": plan.target,
         "lowered": [vars(one) for one in plan.lowered],
         "left": [{"site": s, "operator": o, "reason": r} for s, o, r in plan.left],
-        "pytorch": left,
+        "pytorch": plan.pytorch,
         "share": plan.share,
         "checked": plan.checked,
         "rejected": [vars(one) for one in plan.rejected],

@@ -60,7 +60,7 @@ class TritonBackend:
         from mopt.backends.triton.aot import triton_version
         from mopt.backends.triton.architectures import architecture_of
         from mopt.backends.triton.kernel_file import write_kernels
-        from mopt.backends.triton.plan import make_plan, operators_left
+        from mopt.backends.triton.plan import make_plan
         from mopt.backends.triton.rewrite import find_sites
 
         triton_version()
@@ -68,9 +68,8 @@ class TritonBackend:
         arch = architecture_of("host" if device.is_host else device.id)
         files = _graph_files().lower(program, folder, signature)
         sites, left = find_sites(program.graph_module)
-        graph = program.graph
-        plan = make_plan(sites, left, graph, arch, device, Cache())
-        return [*files, *write_kernels(plan, operators_left(graph, sites), folder)]
+        plan = make_plan(sites, left, program.graph, arch, device, Cache())
+        return [*files, *write_kernels(plan, folder)]
 
     def open(
         self, folder: Path, signature: Signature, *, threads: int | None,

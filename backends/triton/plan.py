@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,11 +16,11 @@ from mopt.backends.triton.interpreter import run_interpreted
 from mopt.backends.triton.launch import Launch, Tile
 from mopt.backends.triton.layers import KernelLayer, table_key
 from mopt.backends.triton.rewrite import Left, Site
-from mopt.backends.triton.tiles import BUCKETS, Rejected, chip_of, choose
+from mopt.backends.triton.tiles import BUCKETS, Chip, Rejected, chip_of, choose
 from mopt.cache import Cache
 from mopt.device import DeviceProfile, find_device
 from mopt.errors import LoweringError
-from mopt.flops import node_flops
+from mopt.flops import node_flops, shape_of
 from mopt.program import site_of
 
 # The device whose numbers choose tiles for an architecture that is not the target's.
@@ -29,6 +30,14 @@ _CHECKED_OUTPUTS, _CHECKED_ROWS = 48, 3
 # The largest error of a checked kernel relative to the largest output, by the input's type. Both
 # sides round inputs and weights in the type itself; what is left is the order of additions.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+
+_aten = torch.ops.aten
+_VIEWS = frozenset({
+    _aten.view.default, _aten.reshape.default, _aten.transpose.int, _aten.permute.default,
+    _aten.unflatten.int, _aten.flatten.using_ints, _aten.unsqueeze.default, _aten.slice.Tensor,
+    _aten.expand.default, _aten.chunk.default, _aten.select.int, _aten.squeeze.dim,
+    _aten.detach.default, _aten.alias.default, _aten.t.default,
+})  # fmt: skip
 
 
 @dataclass
@@ -43,7 +52,10 @@ class Lowered:
 
 @dataclass
 class Plan:
-    """Everything a lowering decided. ``tables``: architecture, problem, bucket of rows, tile."""
+    """Everything a lowering decided. ``tables``: architecture, problem, bucket of rows, tile.
+
+    ``share`` is that of the estimated time in kernels, ``pytorch`` what runs beside them.
+    """
 
     target: str
     lowered: list[Lowered] = field(default_factory=list)
@@ -52,7 +64,8 @@ class Plan:
     binaries: dict[str, dict[str, Binary]] = field(default_factory=dict)
     rejected: list[Rejected] = field(default_factory=list)
     checked: dict[str, float] = field(default_factory=dict)
-    share: dict[str, float] = field(default_factory=dict)
+    share: float = 0.0
+    pytorch: list[dict[str, Any]] = field(default_factory=list)
 
 
 def architectures_for(target: Architecture) -> list[Architecture]:
@@ -79,14 +92,20 @@ def make_plan(
     for arch in architectures_for(target):
         profile = device if arch is target else find_device(_TYPICAL[arch.name])
         for key, (_, layer, dtype) in distinct.items():
-            _add(plan, key, layer, dtype, arch, profile, cache)
+            try:
+                _add(plan, key, layer, dtype, arch, profile, cache)
+            except LoweringError as error:
+                # Only the target must be served; elsewhere such a call is compiled when it comes.
+                if arch is target or error.code != "no-legal-tile":
+                    raise
+                plan.rejected.append(Rejected(key, arch.name, "all", str(error.hint)))
     done: set[str] = set()
     for key, (site, layer, dtype) in distinct.items():
         kind = _kind(layer, dtype)
         if kind not in done:
             done.add(kind)
             plan.checked[key] = check(site, dtype, plan.tables[target.name][key])
-    plan.share = _shares(plan, graph)
+    plan.share, plan.pytorch = operators_left(graph, sites, chip_of(device))
     return plan
 
 
@@ -142,25 +161,37 @@ def compare(site: str, found: Tensor, expected: Tensor) -> float:
     return error
 
 
-def _shares(plan: Plan, graph: fx.Graph) -> dict[str, float]:
-    """The shares of the FLOPs that run in kernels of ours and in PyTorch's."""
-    total = sum(node_flops(node) for node in graph.nodes)
-    ours = sum(one.flops for one in plan.lowered)
-    return {
-        "kernels": ours / total if total else 0.0,
-        "pytorch": 1 - ours / total if total else 1.0,
-    }
+def operators_left(
+    graph: fx.Graph, sites: Sequence[Site], chip: Chip
+) -> tuple[float, list[dict[str, Any]]]:
+    """The share of the estimated time that kernels take, and the operators that PyTorch runs.
 
-
-def operators_left(graph: fx.Graph, sites: Sequence[Site]) -> list[dict[str, Any]]:
-    """Operators that PyTorch runs, with how often and their share of the FLOPs."""
+    Of those how often they are called and their share; the largest first. Times are what the
+    operations or the bytes of each call take on the chip, the longer of both, and its launch.
+    """
     taken = {site.node for site in sites}
-    total = sum(node_flops(node) for node in graph.nodes) or 1
+    times = {node: _seconds(node, chip) for node in graph.nodes if node.op == "call_function"}
+    total = sum(times.values()) or 1.0
     counts: dict[str, list[float]] = {}
-    for node in graph.nodes:
-        if node.op == "call_function" and node not in taken:
+    for node, seconds in times.items():
+        if node not in taken:
             entry = counts.setdefault(str(node.target), [0, 0.0])
             entry[0] += 1
-            entry[1] += node_flops(node) / total
+            entry[1] += seconds / total
     ordered = sorted(counts.items(), key=lambda item: -item[1][1])
-    return [{"operator": n, "calls": int(c), "flops": share} for n, (c, share) in ordered]
+    left = [{"operator": name, "calls": int(n), "time": share} for name, (n, share) in ordered]
+    return sum(times[node] for node in taken) / total, left
+
+
+def _seconds(node: fx.Node, chip: Chip) -> float:
+    flops = node_flops(node)
+    if not isinstance(node.target, torch._ops.OpOverload) or "val" not in node.meta:
+        return 0.0
+    moved = sum(
+        value.dtype.itemsize * math.prod(shape_of(value))
+        for source in (node, *node.all_input_nodes)
+        if isinstance(value := source.meta.get("val"), Tensor)
+    )
+    if not moved or (not flops and node.target in _VIEWS):
+        return 0.0
+    return max(flops / chip.rate, moved / chip.bandwidth) + chip.launch

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from mopt.backends.triton.architectures import Architecture, running_architecture
+from mopt.backends.triton.graphs import GraphReplay
 from mopt.backends.triton.kernel import Problem
 from mopt.backends.triton.kernel_file import StoredKernels, read_binary, read_kernels
 from mopt.backends.triton.launch import Launch, Tile
@@ -25,6 +26,9 @@ class ModuleRunner:
         self._module: Any = module
         self._device = torch.device(device)
         self._threads = threads
+        self._call: Callable[[list[Tensor]], Sequence[Any]] = lambda inputs: self._module(*inputs)
+        if self._device.type == "cuda":
+            self._call = GraphReplay(self._call)
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         """Output tensors for flat inputs (tensors or numpy arrays)."""
@@ -34,14 +38,19 @@ class ModuleRunner:
         tensors = [torch.as_tensor(value) for value in inputs]
         moved = [tensor.to(self._device) for tensor in tensors]
         with torch.no_grad():
-            outputs = [v for v in self._module(*moved) if isinstance(v, Tensor)]
+            outputs = [v for v in self._call(moved) if isinstance(v, Tensor)]
         if all(tensor.device.type == "cpu" for tensor in tensors):
             return [value.cpu() for value in outputs]
         return outputs
 
     def close(self) -> None:
-        """Drop the weights."""
+        """Drop the weights and what was captured."""
         self._module = None
+        self._call = _closed
+
+
+def _closed(inputs: list[Tensor]) -> Sequence[Any]:
+    raise AssertionError("the runner was closed")
 
 
 def open_runner(

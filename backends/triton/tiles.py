@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from mopt.backends.triton.aot import Binary, compile_launch
 from mopt.backends.triton.architectures import Architecture
 from mopt.backends.triton.kernel import Kernel, Problem
 from mopt.backends.triton.launch import Launch, Tile
-from mopt.cache import Cache
-from mopt.device import DeviceProfile
 from mopt.errors import LoweringError
+
+if TYPE_CHECKING:
+    from mopt.cache import Cache
+    from mopt.device import DeviceProfile
 
 # Rows for which a tile is chosen; a call takes the next larger one's, beyond the last the last's.
 BUCKETS = (1, 16, 32, 64, 256, 2048)
 # How many tiles are compiled for one problem before it is given up.
-ATTEMPTS = 6
+ATTEMPTS = 12
 # Bytes a multiprocessor must have under way to use the whole bandwidth: 4.8 TB/s at 0.7 us is
 # 26 KB each on 132 of them.
 _IN_FLIGHT = 28_000
@@ -116,9 +119,11 @@ def choose(
     found = Choice()
     refused: dict[Tile, str] = {}
     for bucket, problem in problems.items():
-        reasons = []
-        for config in _first(ranked(problem, kernel, chip), ATTEMPTS + len(refused)):
-            if config in refused:
+        reasons: list[str] = []
+        for config in ranked(problem, kernel, chip):
+            # Tiles that differ in how often K is split are the same code.
+            same_code = _unsplit(config)
+            if same_code in refused:
                 continue
             made = {one.key(): compile_launch(one, arch, cache) for one in launches(bucket, config)}
             reason = next((r for b in made.values() if (r := b.refusal(arch))), None)
@@ -126,17 +131,21 @@ def choose(
                 found.tiles[bucket] = config
                 found.binaries.update(made)
                 break
-            refused[config] = reason
+            refused[same_code] = reason
             reasons.append(f"{config}: {reason}")
             found.rejected.append(Rejected(problem.text, arch.name, str(config), reason))
-        else:
+            if len(reasons) == ATTEMPTS:
+                break
+        if bucket not in found.tiles:
             raise LoweringError(
                 f"no tile of {kernel.name} fits {arch.name} for {problem.text}",
                 code="no-legal-tile",
-                hint="; ".join(reasons[:3]) or "no tile is legal for these sizes",
+                hint="; ".join(reasons[:3]) or "every tile was refused for other sizes of calls",
             )
     return found
 
 
-def _first(tiles: list[Tile], count: int) -> Iterator[Tile]:
-    yield from tiles[:count]
+def _unsplit(config: Tile) -> Tile:
+    sizes = tuple((name, min(value, 2) if name == "SPLIT" else value)
+                  for name, value in config.sizes)  # fmt: skip
+    return Tile(sizes, config.warps, config.stages)

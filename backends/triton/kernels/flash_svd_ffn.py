@@ -17,7 +17,7 @@ from mopt.backends.triton.kernel import compute_type, next_power_of_2
 from mopt.backends.triton.kernels._numbers import activated
 from mopt.backends.triton.launch import Launch, Runner, Tile, tile
 
-DEFAULT = tile(8, 2, BM=32, BD=64)
+DEFAULT = tile(8, 2, BM=32, BD=32)
 LARGEST_RANK = 512
 
 

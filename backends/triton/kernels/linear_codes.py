@@ -312,6 +312,7 @@ def space(problem: Problem) -> list[Tile]:
             for split in splits
             for bn, warps, stages in (
                 (128, 4, 4), (64, 4, 4), (64, 2, 5), (32, 4, 5), (128, 8, 3), (128, 4, 2),
+                (64, 4, 2), (32, 4, 2),
             )
         ]  # fmt: skip
     return [

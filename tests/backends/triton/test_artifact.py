@@ -95,7 +95,8 @@ def test_binaries_for_every_generation_say_what_they_take(folder: Path) -> None:
             assert 0 < entry["registers"] <= 255 and entry["spills"] == 0
             assert 0 < entry["shared"] <= limits.shared
     assert len(data["lowered"]) == 3 and all(error < 1e-4 for error in data["checked"].values())
-    assert data["share"]["kernels"] > 0.9
+    rest = sum(row["time"] for row in data["pytorch"])
+    assert 0.2 < data["share"] < 1 and abs(data["share"] + rest - 1) < 1e-9
     assert "aten.rms_norm.default" in {row["operator"] for row in data["pytorch"]}
 
 

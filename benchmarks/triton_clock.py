@@ -1,0 +1,143 @@
+"""The clock of ``benchmarks/triton_gpu.py``: a card's limits, medians of graph replays, the table.
+
+Importing this module makes mopt's packages importable from the checkout, installed or not.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class _Checkout(importlib.abc.MetaPathFinder):
+    """Finds mopt's packages in this checkout where mopt is not installed."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        folder = {"mopt": ROOT / "mopt", "mopt.backends": ROOT / "backends"}.get(name)
+        if folder is None:
+            return None
+        return importlib.util.spec_from_file_location(
+            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+
+
+sys.meta_path.insert(0, _Checkout())
+
+import torch  # noqa: E402 - after the packages can be found
+
+from mopt.backends.triton.architectures import Architecture, running_architecture  # noqa: E402
+from mopt.backends.triton.jit import JitRunner  # noqa: E402
+from mopt.backends.triton.kernel import Kernel, Problem  # noqa: E402
+from mopt.backends.triton.launch import Tile  # noqa: E402
+from mopt.backends.triton.tiles import Chip, ranked  # noqa: E402
+
+# Tiles that are measured for each problem, the first by estimate.
+CANDIDATES = 5
+
+
+class Bench:
+    """The card's limits, the clock, and the rows that were printed."""
+
+    def __init__(self, minutes: float) -> None:
+        self.ends = time.monotonic() + 60 * minutes
+        self.rows: list[dict[str, Any]] = []
+        found = running_architecture(*torch.cuda.get_device_capability())
+        if found is None:
+            sys.exit("no kernel is made for this GPU's compute capability")
+        self.arch: Architecture = found
+        self.run = JitRunner(found)
+        properties = torch.cuda.get_device_properties(0)
+        self.cache = getattr(properties, "L2_cache_size", 50 << 20)
+        self.units = properties.multi_processor_count
+        self.copy = self._copy_bandwidth()
+        self.rate = self._product_rate()
+        self.chip = Chip(self.units, self.copy, self.rate, self.units * 128 * 1.7e9, 3e-6)
+
+    def _copy_bandwidth(self) -> float:
+        a = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+        b = torch.empty_like(a)
+        return 2 * a.numel() / self.seconds([lambda: b.copy_(a)])
+
+    def _product_rate(self) -> float:
+        a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        return 2 * 8192**3 / self.seconds([lambda: torch.matmul(a, b)])
+
+    def seconds(self, calls: Sequence[Callable[[], Any]], graph: bool = True) -> float:
+        """The median time of one call; ``calls`` do the same on different memory, in turn."""
+        for call in calls[:2]:
+            call()
+        torch.cuda.synchronize()
+        repeats = max(1, 8 // len(calls))
+
+        def all_calls() -> None:
+            for _ in range(repeats):
+                for call in calls:
+                    call()
+
+        replay = all_calls
+        if graph:
+            captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured):
+                all_calls()
+            replay = captured.replay
+        samples = []
+        for _ in range(9):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            replay()
+            end.record()
+            end.synchronize()
+            samples.append(start.elapsed_time(end) / 1e3 / (repeats * len(calls)))
+        return statistics.median(samples[2:])
+
+    def tuned(
+        self, kernel: Kernel, facts: Problem, calls: Callable[[Tile], Sequence[Callable[[], Any]]]
+    ) -> tuple[float, str]:
+        """The best time over the first tiles by estimate, and that tile."""
+        best, name = float("inf"), "none"
+        for config in ranked(facts, kernel, self.chip)[:CANDIDATES]:
+            try:
+                taken = self.seconds(calls(config))
+            except Exception as error:  # a tile that does not fit is only not the best
+                if "out of resource" not in str(error) and "OutOfResources" not in repr(error):
+                    raise
+                continue
+            if taken < best:
+                best, name = taken, str(config)
+        return best, name
+
+    def row(self, name: str, seconds: float, *, bytes: float = 0.0, flops: float = 0.0,
+            peer: float | None = None, against: str = "", note: str = "") -> None:  # fmt: skip
+        """Print and keep one result."""
+        data = {
+            "name": name, "us": seconds * 1e6, "note": note,
+            "share_of_copy": bytes / seconds / self.copy if bytes else None,
+            "tflops": flops / seconds / 1e12 if flops else None,
+            "share_of_matmul": flops / seconds / self.rate if flops else None,
+            "peer": against, "times_as_fast": peer / seconds if peer else None,
+        }  # fmt: skip
+        self.rows.append(data)
+        parts = [f"{name:46} {data['us']:9.1f} us"]
+        if bytes:
+            parts.append(f"{100 * data['share_of_copy']:5.1f} % of copy")
+        if flops:
+            parts.append(f"{data['tflops']:7.1f} TFLOP/s")
+        if peer:
+            parts.append(f"{data['times_as_fast']:5.2f} x {against}")
+        print("  ".join([*parts, note]), flush=True)
+
+    def is_over(self) -> bool:
+        """Whether the minutes are used up."""
+        return time.monotonic() > self.ends
