@@ -232,5 +232,6 @@ def _taken_over(gaps: Gaps, order: Sequence[int], stays: Sequence[Stay]) -> dict
              if key[0] == made and key[3] == at and (name, key[1], key[2], at) in ends]
             for name in names
         ]  # fmt: skip
-        found.update(max(pairs, key=len))
+        longest = max(pairs, key=len)
+        found.update(longest)
     return found
