@@ -139,7 +139,11 @@ def space(problem: Problem) -> list[Tile]:
     """Tiles worth trying for so many rows."""
     if problem["rows"] <= 64:
         bm = 16 if problem["rows"] <= 16 else 32 if problem["rows"] <= 32 else 64
-        shapes = ((bm, 64, 128, 4, 4), (bm, 128, 128, 4, 3), (bm, 32, 128, 4, 5))
+        shapes: tuple[tuple[int, ...], ...] = (
+            (bm, 64, 128, 4, 4),
+            (bm, 128, 128, 4, 3),
+            (bm, 32, 128, 4, 5),
+        )
     else:
         shapes = ((128, 128, 128, 8, 3), (128, 128, 64, 8, 4), (64, 128, 128, 4, 3),
                   (128, 128, 64, 8, 3), (64, 64, 128, 4, 3))  # fmt: skip
