@@ -112,7 +112,7 @@ def _quality_rows(quality: Mapping[str, Any], verbose: bool) -> list[list[str]]:
 
 def remarks(report: Mapping[str, Any], *, verbose: bool = False) -> list[str]:
     """Lines about what a reader of the table would ask next; empty when there is nothing."""
-    lines = _kept_all(report) + _slower(report) + _unmeasured(report)
+    lines = _kept_all(report) + _slower(report) + _unmeasured(report) + _widened(report)
     lines += coverage_lines(report["coverage"]) + _kept(report)
     if verbose:
         lines += _skips(report)
@@ -134,6 +134,18 @@ def _slower(report: Mapping[str, Any]) -> list[str]:
         "machine, measured.",
         "  Use another recipe (mopt recipes list; none is the fastest without compression), leave",
         "  layers out with --set PASS.skip=GLOBS, or keep it if only size matters.",
+    ]
+
+
+def _widened(report: Mapping[str, Any]) -> list[str]:
+    layers = [layer for layer in report["layers"] if layer.get("widened")]
+    if not layers or report.get("backend", "onnx") != "onnx":
+        return []
+    are, their = ("is", "its") if len(layers) == 1 else ("are", "their")
+    return [
+        f"{plural(len(layers), 'layer')} {are} small in the file only: {their} weights become floats",
+        "  when the model is loaded, which is the fastest way here. Loading takes up to three times",
+        "  their bytes as floats, for a moment.",
     ]
 
 

@@ -10,6 +10,7 @@ import torch
 
 from mopt import __version__
 from mopt.budget import Budget
+from mopt.formats.base import widened_layers
 from mopt.layers import find_layers
 from mopt.lowering import Artifact
 from mopt.machine import machine_fingerprint
@@ -103,6 +104,7 @@ def _layer_rows(program: Program, result: Program) -> list[dict[str, Any]]:
     for path, part in program.parts().items():
         formats = final[path].plan.get("formats", {})
         after = {name: t.numel() * t.element_size() for name, t in final[path].weights().items()}
+        widened = widened_layers(final[path])
         for layer in find_layers(part):
             stored = str(layer.weight.target)
             tensor = part.weight(layer.weight)
@@ -119,6 +121,7 @@ def _layer_rows(program: Program, result: Program) -> list[dict[str, Any]]:
                         size for name, size in after.items()
                         if name == stored or name.startswith(f"{stored}_")
                     ),
+                    "widened": layer.path in widened,
                 }
             )  # fmt: skip
     return rows

@@ -22,7 +22,7 @@ import mopt.ops  # noqa: F401 - registers the operators that formats place
 from mopt.errors import InputError, unknown_name
 from mopt.formats.grid import Grid
 from mopt.layers import Layer
-from mopt.program import Program
+from mopt.program import Program, module_path
 
 
 @dataclass(frozen=True)
@@ -217,6 +217,19 @@ def swap_calls(
 def record(program: Program, layer: Layer, name: str) -> None:
     """Note in the program's plan which format a layer got: ``plan["formats"][path]``."""
     program.plan.setdefault("formats", {})[layer.path] = name
+
+
+def widened_layers(program: Program) -> set[str]:
+    """Paths of layers whose weights are small in the file and floats while the model runs."""
+    ops = torch.ops.mopt
+    always = (ops.widen.default, ops.widen_int8.default, ops.decode_levels.default)
+    found = set()
+    for node in program.graph.nodes:
+        in_float = node.target is ops.linear_nbits.default and node.args[7] == "float"
+        if in_float or node.target in always:
+            path = module_path(node)
+            found.add(f"{program.path}.{path}" if program.path else path)
+    return found
 
 
 def argument(call: fx.Node, position: int, name: str) -> Any:

@@ -87,12 +87,12 @@ class LowRank(Format):
 def place_factors(program: Program, layer: Layer, first: Tensor, second: Tensor) -> None:
     """Let a layer's calls compute ``second (first x) + bias``; they keep their names."""
     dtype = program.weight(layer.weight).dtype
-    name = str(layer.weight.target).removesuffix(".weight")
+    name = str(layer.weight.target)
     inner = outer = None
     for call in layer.calls:
         if inner is None or outer is None:
-            inner = program.add_weight(f"{name}.first", first.to(dtype).contiguous(), call)
-            outer = program.add_weight(f"{name}.second", second.to(dtype).contiguous(), call)
+            inner = program.add_weight(f"{name}_first", first.to(dtype).contiguous(), call)
+            outer = program.add_weight(f"{name}_second", second.to(dtype).contiguous(), call)
         thin = program.insert_call(torch.ops.aten.linear.default, (call.args[0], inner), like=call)
         call.args = (thin, outer, *call.args[2:])
     for node in program.nodes:

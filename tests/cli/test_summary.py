@@ -133,3 +133,11 @@ def test_narrow_terminals_get_lines_of_key_and_value(monkeypatch: Any) -> None:
     out = Output(stdout=screen, stderr=io.StringIO())
     out.table([Column("pass"), Column("")], [["fold-constants", "Compute at build time"]])
     assert screen.getvalue() == "pass: fold-constants\nCompute at build time\n\n"
+
+
+def test_weights_that_are_only_small_in_the_file_are_named() -> None:
+    sizes = {"path": "up", "bytes_before": 8, "bytes_after": 1}
+    layers = [{**sizes, "widened": True}, {**sizes, "widened": False}]
+    told = remarks(report(layers=layers))
+    assert told[0].startswith("1 layer is small in the file only: its weights become floats")
+    assert remarks(report(layers=layers[1:])) == []
