@@ -143,9 +143,9 @@ def _widened(report: Mapping[str, Any]) -> list[str]:
         return []
     are, their = ("is", "its") if len(layers) == 1 else ("are", "their")
     return [
-        f"{plural(len(layers), 'layer')} {are} small in the file only: {their} weights become floats",
-        "  when the model is loaded, which is the fastest way here. Loading takes up to three times",
-        "  their bytes as floats, for a moment.",
+        f"{plural(len(layers), 'layer')} {are} small in the file only: {their} weights become",
+        "  floats when the model is loaded, which is the fastest way here. Loading takes up to",
+        "  three times their bytes as floats, for a moment.",
     ]
 
 

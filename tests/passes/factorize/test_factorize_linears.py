@@ -94,8 +94,8 @@ def layer_errors(program: Program, result: Program, data: Calibration) -> dict[s
             )  # fmt: skip
     found = {}
     for name, (weight, _) in weights.items():
-        first = next(t for path, t in result.weights().items() if path == f"{name}.first")
-        second = next(t for path, t in result.weights().items() if path == f"{name}.second")
+        first = next(t for path, t in result.weights().items() if path == f"{name}.weight_first")
+        second = next(t for path, t in result.weights().items() if path == f"{name}.weight_second")
         x = torch.cat([value for (value,) in sources[name]]).double()
         lost = x @ (weight.double() - second.double() @ first.double()).t()
         found[name] = float(lost.square().sum() / (x @ weight.double().t()).square().sum())
