@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from mopt.allocations import record_allocations
 from mopt.flops import node_flops, shape_of, size_hint
@@ -63,11 +64,17 @@ class Measured:
         target = node.target
         if not isinstance(target, torch._ops.OpOverload):
             return estimate(node)
-        with torch.no_grad(), torch.random.fork_rng(devices=_devices(node)):
+        # Joint graphs are planned while dynamo still makes every new tensor a fake one.
+        with (
+            _disable_current_modes(),
+            torch.no_grad(),
+            torch.random.fork_rng(devices=_devices(node)),
+        ):
             try:
                 args, kwargs = _arguments(node)
                 return _run(target, args, kwargs, self.repetitions)
-            except (RuntimeError, IndexError, TypeError, ValueError, NotImplementedError):
+            # What operators raise for zeros where they expect certain values (a place, a length).
+            except (RuntimeError, IndexError, TypeError, ValueError):
                 self.failed.append(node.name)
                 return estimate(node)
 

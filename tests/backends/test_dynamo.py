@@ -134,6 +134,21 @@ def test_the_real_peak_is_the_planned_one() -> None:
     assert peaks[1] < peaks[0]
 
 
+def test_measured_costs_are_those_of_real_calls() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Conv3d(8, 8, 3, padding=1), torch.randn(1, 8, 16, 16, 16)
+    run, options = compiled(model, memory_budget="100%", costs="measured")
+    run(x).sum().backward()
+    (done,) = plans(options)
+    # While dynamo traces, new tensors are fake ones, which need no memory to work in.
+    assert any(c.workspace for c in done.problem.forward)
+    model.zero_grad()
+    with record_allocations() as seen:
+        run(x).sum().backward()
+    planned = done.plan.figures.peak - done.kinds["weights and inputs"]
+    assert seen.total.peak <= planned + 64
+
+
 def test_several_losses_and_accumulation() -> None:
     torch.manual_seed(0)
     model, x = Net(), torch.randn(ROWS, WIDTH)
