@@ -11,7 +11,7 @@ import numpy as np
 
 from mopt.axes import Mask
 from mopt.coupling import Coupling, Group
-from mopt.passes.prune._importance import Scores
+from mopt.unit_scores import Scores
 
 _BISECTIONS = 40
 

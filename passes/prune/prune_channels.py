@@ -14,18 +14,19 @@ from mopt.device import find_device
 from mopt.errors import UsageError
 from mopt.layer_request import preferred_multiple
 from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
-from mopt.passes.prune._importance import (
-    Scores,
-    collect_moments,
-    magnitude_scores,
-    output_scores,
-)
 from mopt.passes.prune._select import Ladder, select_global, select_uniform
 from mopt.passes.prune._speed import LayerTimes
 from mopt.program import Program, module_path
 from mopt.refit import refit
+from mopt.unit_scores import (
+    Scores,
+    collect_moments,
+    gradient_scores,
+    magnitude_scores,
+    output_scores,
+)
 
-_NEED_DATA = ("activation", "reconstruction")
+_NEED_DATA = ("activation", "reconstruction", "taylor", "fisher")
 
 
 @register_pass("prune-channels", numerics=Numerics.LOSSY)
@@ -57,7 +58,8 @@ class PruneChannels(Pass):
         "flops", choices=("flops", "parameters", "channels"), help="what the share is of"
     )
     importance: str = option(
-        "auto", choices=("auto", "magnitude", "activation", "reconstruction"),
+        "auto",
+        choices=("auto", "magnitude", "activation", "reconstruction", "taylor", "fisher"),
         help="what decides; auto: reconstruction with calibration data, magnitude without",
     )  # fmt: skip
     scope: str = option(
@@ -122,6 +124,8 @@ class PruneChannels(Pass):
             kind = "magnitude" if ctx.calibration is None else "reconstruction"
         if kind == "magnitude":
             return magnitude_scores(program, found)
+        if kind in ("taylor", "fisher"):
+            return gradient_scores(program, found, ctx, squared_first=kind == "fisher")
         moments = collect_moments(program, found, ctx)
         return output_scores(program, found, moments, reconstruct=kind == "reconstruction")
 
@@ -145,12 +149,18 @@ class PruneChannels(Pass):
                 found, ladders, saved, self.ratio, scores, of_channels=self.aim == "channels"
             )
         if removed is None or self.ratio == 1:
-            most = nothing.copy()
-            for one in ladders:
-                most[one.order[: one.counts[-1]]] = True
+            reached = saved(_longest(nothing, ladders))
+            finer = [Ladder.of(one.group, scores, 1, self.most) for one in ladders]
+            if self.ratio < 1 and saved(_longest(nothing, finer)) >= self.ratio:
+                raise UsageError(
+                    f"prune-channels: widths in the multiples that the device computes at once "
+                    f"allow at most {reached:.3g} of the {self.aim} to go, not {self.ratio:g}",
+                    code="widths-too-coarse",
+                    hint="lower ratio, or set multiple to a smaller number, 1 for any width",
+                )
             raise UsageError(
                 f"prune-channels: ratio {self.ratio:g} would empty layers: at most "
-                f"{saved(most):.3g} of the {self.aim} can go",
+                f"{reached:.3g} of the {self.aim} can go",
                 code="empties-layer",
                 hint="lower ratio, raise most, or set multiple=1",
             )
@@ -174,6 +184,14 @@ class PruneChannels(Pass):
             skipped.append(Skip("", f"{why}{100 * self.least_gain:g} %: nothing is removed"))
             return np.zeros_like(removed)
         return removed
+
+
+def _longest(nothing: Mask, ladders: list[Ladder]) -> Mask:
+    """As many units of every group as may go."""
+    most = nothing.copy()
+    for one in ladders:
+        most[one.order[: one.counts[-1]]] = True
+    return most
 
 
 def _layer_kind(group: Group) -> str:

@@ -14,12 +14,18 @@ from mopt.errors import PassError, UsageError
 from mopt.frontend import capture
 from mopt.models import load
 from mopt.pass_base import PassContext
-from mopt.passes.prune._importance import collect_moments, magnitude_scores, output_scores
 from mopt.pipeline import Pipeline
 from mopt.program import Program
 from mopt.recipe import Recipe
 from mopt.refit import refit
 from mopt.registry import make_pass
+from mopt.unit_scores import (
+    collect_moments,
+    gradient_scores,
+    magnitude_scores,
+    output_scores,
+    width_losses,
+)
 from tests import tiny
 from tests.case import Case, Sample, outputs
 from tests.passes.prune.costs import BlockModel
@@ -51,6 +57,7 @@ CASES = [
     case("residual", tiny.small_cnn(), True, {}, tolerance=2.0),
     case("grouped-queries", tiny.decoder, True, {"ratio": 0.2}, tolerance=0.9),
     calibrated("fitted", tiny.mlp(), {}, tolerance=0.6),
+    calibrated("taylor", tiny.mlp(), {"importance": "taylor"}, tolerance=0.6),
     case("multiple", tiny.mlp(16, 36), True, {"multiple": 8}, tolerance=0.9),
     case("nothing-asked", tiny.mlp(), False, {"ratio": 0.0}),
     case("one-layer", tiny.linear(), False, {}, skipped="the model returns it"),
@@ -110,6 +117,9 @@ def test_a_ratio_that_empties_a_layer_and_one_outside_zero_to_one() -> None:
     assert caught.value.code == "empties-layer" and "lower ratio" in str(caught.value)
     with pytest.raises(UsageError, match=r"would empty layers: at most 0\.\d+ of the flops"):
         prune(program, {"ratio": 0.97, "multiple": 16})
+    with pytest.raises(UsageError, match=r"allow at most 0\.\d+ of the flops to go") as caught:
+        prune(program, {"ratio": 0.8, "multiple": 16})
+    assert caught.value.code == "widths-too-coarse"
     for wrong in (-0.1, 1.5):
         with pytest.raises(UsageError, match="option ratio"):
             make_pass("prune-channels", {"ratio": wrong})
@@ -157,6 +167,39 @@ def test_activation_scores_are_the_output_power_of_the_units() -> None:
     expected = [float(torch.outer(hidden[:, i], weight[:, i]).square().sum() / power)
                 for i in range(16)]  # fmt: skip
     assert scores.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_gradient_scores_are_those_of_a_factor_on_each_unit_and_ignore_scale() -> None:
+    made = tiny.mlp(8, 16)
+    program = made.capture()
+    found, data = find_coupling(program), rows(program, made, 3)
+    context = PassContext(calibration=data)
+    taylor = gradient_scores(program, found, context, squared_first=False)
+    assert (taylor > 0).all()
+    assert (gradient_scores(program, found, context, squared_first=True) > 0).all()
+    layers = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    plain = sample(layers, normal(4, 8), dynamic=True)
+    scores = []
+    for scale in (1.0, 4.0):
+        with torch.no_grad():
+            layers[0].weight[2] *= scale
+            layers[0].bias[2] *= scale
+            layers[2].weight[:, 2] /= scale
+        program = plain.capture()
+        found = find_coupling(program)
+        context = PassContext(calibration=rows(program, plain, 3))
+        scores.append(gradient_scores(program, found, context, squared_first=False))
+    assert scores[0].tolist() == pytest.approx(scores[1].tolist(), rel=1e-4)
+
+
+def test_losses_by_width_add_up_from_the_least_important_on() -> None:
+    program = tiny.mlp(8, 16).capture()
+    found = find_coupling(program)
+    scores = magnitude_scores(program, found)
+    losses = width_losses(found.groups[0], scores)
+    assert len(losses) == 17 and losses[0] == 0
+    assert losses[-1] == pytest.approx(scores.sum())
+    assert losses[1] == pytest.approx(scores.min())
 
 
 def drift(made: Sample, program: Program, result: Program) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -14,6 +12,7 @@ from mopt.layers import LINEAR
 from mopt.moments import ChannelMoments
 from mopt.pass_base import PassContext
 from mopt.program import Program
+from mopt.trainable import batch_gradients
 
 Scores = NDArray[np.float64]
 Moments = dict[fx.Node, ChannelMoments]
@@ -132,4 +131,35 @@ def _summed(values: Tensor, member: Member, count: int) -> Scores:
     return result[:-1]
 
 
-Scorer = Callable[[Program, Coupling, PassContext], Scores]
+def gradient_scores(
+    program: Program, found: Coupling, ctx: PassContext, *, squared_first: bool
+) -> Scores:
+    """The mean square of what a small change of a unit's value changes in a loss; needs no labels.
+
+    The product of a reader's weights with their gradients, summed over all that reads a unit, is
+    the gradient of a factor on the unit (Molchanov et al. 2019, "Importance Estimation for Neural
+    Network Pruning", eq. 8, on readers). With ``squared_first`` the squares are summed: the
+    diagonal Fisher information of the weights. The loss is that of ``mopt.trainable.sampled_loss``.
+    """
+    members = [(group, member) for group in found.groups for member in group.of_role("in")]
+    readers = {str(member.weight.target): member.weight for _, member in members}
+    scores = np.zeros(found.unit_count)
+    count = 0
+    for gradients in batch_gradients(program, ctx, list(readers.values())):
+        count += 1
+        slope = np.zeros(found.unit_count)
+        for group, member in members:
+            change = gradients[str(member.weight.target)] * program.weight(member.weight)
+            change = change.double().movedim(member.axis, 0).flatten(1)
+            values = (change.square() if squared_first else change).sum(1)
+            slope[group.units] += _summed(values, member, found.unit_count)[group.units]
+        scores += slope if squared_first else slope**2
+    return scores / max(count, 1)
+
+
+def width_losses(group: Group, scores: Scores) -> Scores:
+    """What is lost with the 0, 1, 2, ... least important units of a group: the sums of scores.
+
+    For scores of :func:`output_scores` that is a share of the readers' output power.
+    """
+    return np.concatenate([[0.0], np.cumsum(np.sort(scores[group.units]))])
