@@ -7,12 +7,15 @@ memory-planning sheets do: what is alive before, plus what the call makes, plus 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
+
+# Storages of a chain that the bound looks along.
+_LONGEST = 8
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,9 @@ def forced_bound(problem: OrderProblem) -> int:
     """Bytes that some operator sees alive in every order: no order has a lower peak.
 
     A storage is alive while ``v`` runs, whatever the order, if its maker is ``v`` or must run
-    before it, and one of its touchers is ``v`` or must run after it.
+    before it, and one of its touchers is ``v`` or must run after it. Where an operator that may run
+    before or after ``v`` turns a storage made before it into one touched after it, perhaps through
+    others, one of them is alive: the smallest counts.
     """
     count = problem.count
     earlier, later = ancestors(problem), descendants(problem)
@@ -165,16 +170,53 @@ def forced_bound(problem: OrderProblem) -> int:
         total[v] -= max((problem.sizes[s] for s in problem.may_take(v)), default=0)
     makers = {s: v for v, made in enumerate(problem.makes) for s in made}
     everywhere = (1 << count) - 1
+    made: dict[int, int] = {}
+    needed: dict[int, int] = {}
     for s in (*makers, *problem.given):
         until = 0
         for v in problem.touchers[s]:
             until |= earlier[v] | (1 << v)
         maker = makers.get(s)
-        while_alive = everywhere if maker is None else later[maker] | (1 << maker)
-        if s not in problem.kept:
-            while_alive &= until
-        total += problem.sizes[s] * _positions(while_alive, count)
+        made[s] = everywhere if maker is None else later[maker] | (1 << maker)
+        needed[s] = everywhere if s in problem.kept else until
+        total += problem.sizes[s] * _positions(made[s] & needed[s], count)
+    # Every storage counts once for an operator: what it has counted for so far.
+    counted = {s: made[s] & needed[s] for s in made}
+    for s in made:
+        for chain, alive in _chains(problem, s, made[s], needed, counted):
+            total += min(problem.sizes[link] for link in chain) * _positions(alive, count)
     return int(total.max(initial=0))
+
+
+def _chains(
+    problem: OrderProblem, first: int, made: int, needed: Mapping[int, int], counted: dict[int, int]
+) -> Iterator[tuple[tuple[int, ...], int]]:
+    """Storages each made from the one before, and the operators that see one of them alive.
+
+    These run after the first is made and before the last is touched last, in every order; whoever
+    has run of the operators between, the result of the last of these is alive.
+    """
+    stack = [((first,), made & ~counted[first])]
+    while stack:
+        chain, open_to = stack.pop()
+        for w in problem.touchers[chain[-1]]:
+            if chain[-1] in problem.makes[w]:
+                continue
+            for result in problem.makes[w]:
+                open_here = open_to & ~counted[result]
+                for link in chain:
+                    open_here &= ~counted[link]
+                if not open_here or not problem.sizes[result]:
+                    continue
+                longer = (*chain, result)
+                alive = open_here & needed[result]
+                if alive:
+                    yield longer, alive
+                    for link in longer:
+                        counted[link] |= alive
+                    open_here &= ~alive
+                if open_here and len(longer) < _LONGEST:
+                    stack.append((longer, open_here))
 
 
 def _positions(bits: int, count: int) -> NDArray[np.int64]:

@@ -86,6 +86,17 @@ def test_search_finds_what_trying_everything_finds(problem: OrderProblem) -> Non
     assert result.peak <= result.input_peak
 
 
+def test_one_of_a_chain_is_alive_in_every_order() -> None:
+    # 1 turns the 10 bytes of 0 into 6, before or after 2 and 3: 6 are alive beside their 21.
+    chain = OrderProblem(
+        before=((), (0,), (0,), (2,), (1, 3)),
+        makes=((0,), (1,), (2,), (3,), (4,)),
+        touches=((0,), (0, 1), (2,), (2, 3), (1, 3, 4)),
+        sizes=(10, 6, 20, 1, 1),
+    )
+    assert forced_bound(chain) == least_peak(chain) == 27
+
+
 @settings(max_examples=80)
 @given(problems(most=20))
 def test_every_rule_gives_an_order(problem: OrderProblem) -> None:
