@@ -196,7 +196,7 @@ def _chains(
     These run after the first is made and before the last is touched last, in every order; whoever
     has run of the operators between, the result of the last of these is alive.
     """
-    stack = [((first,), made & ~counted[first])]
+    stack: list[tuple[tuple[int, ...], int]] = [((first,), made & ~counted[first])]
     while stack:
         chain, open_to = stack.pop()
         for w in problem.touchers[chain[-1]]:
