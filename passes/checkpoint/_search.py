@@ -8,6 +8,7 @@ from mopt.passes.checkpoint._kernel import anneal
 from mopt.passes.checkpoint._tables import SAVED, Point, Tables
 
 _NO_LIMIT = 1 << 62
+_AT_ONCE = 60
 
 
 def descend(tables: Tables, work: int, *, kept: bool = False) -> list[Point]:
@@ -34,10 +35,12 @@ def descend(tables: Tables, work: int, *, kept: bool = False) -> list[Point]:
         rates = tables.prices(now.since, here) / sizes[here]
         places = np.argsort(rates, kind="stable")
         best: tuple[float, Point] | None = None
-        for v in here[places[:10]]:
+        # In a large step many at once: one by one would use up the work halfway.
+        many = len(here) // _AT_ONCE
+        for some in ([here[places[:many]]] if many > 1 else []) + list(here[places[:10]]):
             for state in (0, tables.never):
                 since = now.since.copy()
-                since[v] = state
+                since[some] = state
                 work -= 2 * tables.touches
                 one = tables.point(since)
                 if one is None:
@@ -45,6 +48,8 @@ def descend(tables: Tables, work: int, *, kept: bool = False) -> list[Point]:
                 gain = now.kept - one.kept if kept else now.peak - one.peak
                 if gain > 0 and (best is None or (one.seconds - now.seconds) / gain < best[0]):
                     best = (one.seconds - now.seconds) / gain, one
+            if many > 1 and best is not None:
+                break
         if best is not None:
             now = best[1]
             found.append(now)
