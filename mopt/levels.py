@@ -27,6 +27,8 @@ _BITMOD4 = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, -1.0, -2.0, -3.0, -4.0, -6.
 _BITMOD4_EXTRA = (10.0, -10.0, 16.0, -16.0)
 _BITMOD3 = (0.0, 1.0, 2.0, 4.0, -1.0, -2.0, -4.0)
 _BITMOD3_EXTRA = (3.0, -3.0, 6.0, -6.0)
+# Evenly spaced logarithms: octaves between neighbours, and how far the negative side reaches.
+_TWIN_LOG4 = ((0.45, 1.0), (0.45, 0.8), (0.7, 1.0), (0.7, 0.8))
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Levels:
 
 @cache
 def levels(kind: str) -> Levels:
-    """The levels of a kind: e4m3, e5m2, e2m1, e8m0, nf4, bitmod3 or bitmod4."""
+    """The levels of a kind: e4m3, e5m2, e2m1, e8m0, nf4, bitmod3, bitmod4 or twinlog4."""
     if kind == "e8m0":
         # The last code is NaN; the one before it is the largest power of two in float32.
         powers = 2.0 ** (torch.arange(256, dtype=torch.float64) - 127)
@@ -60,6 +62,12 @@ def levels(kind: str) -> Levels:
         return Levels(4, torch.tensor([_E2M1 + tuple(-value for value in _E2M1)]))
     if kind == "bitmod4":
         return Levels(4, torch.tensor([(*_BITMOD4, extra) for extra in _BITMOD4_EXTRA]))
+    if kind == "twinlog4":
+        sizes = [[2.0 ** (-step * at) for at in range(8)] for step, _ in _TWIN_LOG4]
+        return Levels(4, torch.tensor([
+            positive + [-reach * value for value in positive]
+            for positive, (_, reach) in zip(sizes, _TWIN_LOG4, strict=True)
+        ]))  # fmt: skip
     assert kind == "bitmod3", kind
     return Levels(3, torch.tensor([(*_BITMOD3, extra) for extra in _BITMOD3_EXTRA]))
 

@@ -37,23 +37,27 @@ _FLOAT8 = ("e4m3", "e5m2")
 # Every kind with the number of columns that may share a scale, the usual one first.
 _GROUPS = {
     "nf4": (64, 32, 128), "mxfp4": (32,), "nvfp4": (16,), "bitmod4": (128, 32, 64),
-    "bitmod3": (128, 32, 64),
+    "bitmod3": (128, 32, 64), "twinlog4": (128, 32, 64),
 }  # fmt: skip
 _LEVELS = {"mxfp4": "e2m1", "nvfp4": "e2m1"}
 _SCALES = {"mxfp4": "e8m0", "nvfp4": "e4m3"}
-_NAME = re.compile(r"(nf4|bitmod4|bitmod3)(?:-g(\d+))?")
+_NAME = re.compile(r"(nf4|bitmod4|bitmod3|twinlog4)(?:-g(\d+))?")
 
 
 @register_format
 @dataclass(frozen=True)
 class LevelBlocks(Format):
-    """``nf4``, ``mxfp4``, ``nvfp4``, ``bitmod4``, ``bitmod3``, ``fp8-e4m3``, ``fp8-e5m2``.
+    """``nf4``, ``mxfp4``, ``nvfp4``, ``bitmod4``, ``bitmod3``, ``twinlog4``, ``fp8-e4m3``, ....
 
     Each group of columns has a scale, fp8 one per output channel. MXFP4 stores it as a power of
     two in a byte per 32 columns, NVFP4 as an e4m3 byte per 16 times one scale for the tensor, the
     others as float32. BitMoD picks one of four tables for each group. Other group sizes are written
     ``nf4-g32``. The levels of bitmod3 are integers, so it is computed as 4-bit integers exactly,
-    and takes their bytes. Columns that do not fill the last group are padded.
+    and takes their bytes. Twin-log (after the summary of LRQ-DiT's quantizer, with a design of its
+    own: not a reproduction) has a sign and eight evenly spaced logarithms; each group picks the
+    distance between them and how far the other sign reaches, a negative scale swaps the two sides.
+    It has no zero. It suits weights with heavy tails. Columns that do not fill the last group are
+    padded.
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
@@ -127,7 +131,7 @@ class LevelBlocks(Format):
         found = levels(self.levels)
         for table in range(len(found.tables)):
             plain = largest / float(found.largest[table])
-            for factor in (1.0, *_FACTORS) if ranges == "mse" else (1.0,):
+            for factor in self._factors(ranges):
                 step = stored(plain * factor)
                 error = (self._rounded(x, step, table) - x).square().mul(weigh).sum(-1)
                 better = error < best
@@ -177,7 +181,7 @@ class LevelBlocks(Format):
         block = self._block(columns)
         blocks = -(-columns // block)
         of_scale = 4 if self.scale_kind == "float32" else 1
-        tables = -(-blocks // 4) if self.kind == "bitmod4" else 0
+        tables = -(-blocks // 4) if self.kind in ("bitmod4", "twinlog4") else 0
         bits = 4 if self.kind == "bitmod3" else self.bits
         of_tensor = 4 if self.kind == "nvfp4" else 0
         return rows * (blocks * (block * bits // 8 + of_scale) + tables) + of_tensor
@@ -204,6 +208,12 @@ class LevelBlocks(Format):
             call.update_arg(1, reader)
             if not old.users:
                 program.graph.erase_node(old)
+
+    def _factors(self, ranges: str) -> tuple[float, ...]:
+        """Scales to try, relative to the one at which nothing is clipped."""
+        found = (1.0, *_FACTORS) if ranges == "mse" else (1.0,)
+        both = self.kind == "twinlog4"  # whose two sides differ
+        return (*found, *(-factor for factor in found)) if both else found
 
     def _block(self, columns: int) -> int:
         return self.group or columns
@@ -237,6 +247,8 @@ class LevelBlocks(Format):
 
     def _unit(self, shared: Tensor) -> Tensor:
         """A scale for a group of zeros that its storage holds exactly."""
+        if self.kind == "twinlog4":  # no level is zero
+            return torch.full_like(shared, 1e-30)
         return shared if self.kind == "nvfp4" else torch.ones_like(shared)
 
     def _tensor_scale(self, largest: Tensor) -> Tensor:
@@ -259,5 +271,5 @@ class LevelBlocks(Format):
 
 def _divide(x: Tensor, scales: Tensor) -> Tensor:
     """x / scale per group; 0 where a scale is too small to be stored."""
-    safe = torch.where(scales > 0, scales, torch.ones_like(scales)).unsqueeze(-1)
-    return torch.where(scales.unsqueeze(-1) > 0, x / safe, torch.zeros_like(x))
+    safe = torch.where(scales != 0, scales, torch.ones_like(scales)).unsqueeze(-1)
+    return torch.where(scales.unsqueeze(-1) != 0, x / safe, torch.zeros_like(x))

@@ -90,8 +90,7 @@ class TuneScales(Pass):
             skipped.append(Skip(program.path or "model", "training did not help on held-out data"))
             return PassResult(changed=False, stats=stats, skipped=skipped)
         for node, scales in student.scales():
-            first = next(iter(node.users))
-            new = program.add_weight(f"{node.target}_tuned", scales, before=first)
+            new = program.add_weight(f"{node.target}_tuned", scales, before=node)
             for user in list(node.users):
                 if user.target is _mopt.linear_nbits.default and self.selects(module_path(user)):
                     user.update_arg(_SCALES, new)

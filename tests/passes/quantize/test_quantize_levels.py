@@ -19,13 +19,17 @@ CASES = [
     Case("bitmod3-is-int4", tiny.linear(128, 8), True, {"min_size": 0, "format": "bitmod3"},
          tolerance=0.5),
     Case("fp8", tiny.mlp(), True, {"min_size": 0, "format": "fp8-e4m3"}, tolerance=0.1),
+    Case("twin-log", tiny.linear(128, 8), True, {"min_size": 0, "format": "twinlog4"},
+         tolerance=0.3),
     Case("small-layers-stay", tiny.mlp(), False, skipped="fewer than"),
     Case("mostly-padding", tiny.linear(20, 8), False, {"min_size": 0}, skipped="69% padding"),
     Case("convolutions-stay", tiny.conv_bn_relu(), False, {"min_size": 0}, skipped="not conv"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["nf4", "mxfp4", "nvfp4", "bitmod4", "bitmod3", "fp8-e5m2"])
+@pytest.mark.parametrize(
+    "name", ["nf4", "mxfp4", "nvfp4", "bitmod4", "bitmod3", "fp8-e5m2", "twinlog4"]
+)
 def test_onnx_computes_what_the_reference_does_in_a_smaller_file(name: str) -> None:
     made = tiny.linear(200, 96)
     program = made.capture()
