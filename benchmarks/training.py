@@ -265,7 +265,8 @@ def main() -> None:
     def save(row: dict[str, Any]) -> None:
         if given.json:
             about = {"torch": torch.__version__, "machine": platform.machine(), "threads": 1}
-            whole = {**about, "models": [*{**known, row["model"]: row}.values()]}
+            known[row["model"]] = row
+            whole = {**about, "models": [*known.values()]}
             given.json.write_text(json.dumps(whole, indent=1) + "\n")
 
     for name in given.models.split(","):
