@@ -51,3 +51,13 @@ def test_a_user_is_told_at_once_what_a_format_without_kernel_gives() -> None:
     assert "no kernel" in str(make_pass("quantize-levels", {}).notice("onnx"))
     assert make_pass("quantize-levels", {"format": "bitmod3"}).notice("onnx") is None
     assert make_pass("quantize-levels", {}).notice("eager") is None
+
+
+def test_each_layer_gets_the_format_that_suits_it() -> None:
+    made, at = tiny.mlp(128, 128), torch.arange(128)
+    with torch.no_grad():
+        logarithmic = torch.where(at % 3 == 0, -1.0, 1.0) * 2 ** (-0.45 * (at % 8))
+        made.module[0].weight.copy_(logarithmic)
+    options = {"min_size": 0, "format": "twinlog4", "otherwise": "nf4-g128"}
+    result = Pipeline([make_pass("quantize-levels", options)]).run(made.capture())
+    assert result.plan["formats"] == {"0": "twinlog4", "2": "nf4-g128"}
