@@ -84,9 +84,9 @@ class SplitOutliers(Pass):
                 found: float | Tensor | None = limit
                 apart[path] = limit
             else:
-                found = outlier_channels(values, self.threshold, self.most)
-                apart[path] = len(found)
-                left[path] = channel_error(rows, weights, found) if len(found) else 1.0
+                found = channels = outlier_channels(values, self.threshold, self.most)
+                apart[path] = len(channels)
+                left[path] = channel_error(rows, weights, channels) if len(channels) else 1.0
             if left[path] <= self.keep:
                 chosen.append((group, found))
             else:
