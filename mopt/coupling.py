@@ -50,7 +50,8 @@ class Group:
     """Units that are alike: they own the same places in the same tensors, each its own share.
 
     ``width`` is how many places a unit has where it is written: 1 for channels and neurons, the
-    head width for heads. ``kind`` is channels, neurons or heads.
+    head width for heads; as many times that as one layer writes of the unit (three in a fused q, k,
+    v). ``kind`` is channels, neurons or heads.
     """
 
     path: str

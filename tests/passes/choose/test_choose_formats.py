@@ -71,7 +71,7 @@ CASES = [
     Case("nothing-to-gain", tiny.mlp(64, 64), False, SMALL, context=budget("minimize=loss"),
          skipped="the choice under the budget keeps it as it is"),
     Case("all-slower", tiny.mlp(64, 64), False, SMALL,
-         context=budget("minimize=latency", "quality>=0.9",
+         context=budget("minimize=latency", "quality>=0.99",
                         cost_model=TableModel(**dict.fromkeys(
                             ("int8_dynamic", "int8_g128", "int4_g32", "int4_g128"), 2.0)))),
     Case("small-layers-stay", tiny.mlp(), False, context=budget("size<=0.5x"),
