@@ -16,6 +16,7 @@ from os import PathLike
 from typing import Any
 
 from mopt.cost import Cost, LayerRequest, ModelCost, Report, Work
+from mopt.cost_models.serial import SerialModel
 from mopt.device import DeviceProfile, Processor
 from mopt.errors import UsageError
 
@@ -42,7 +43,7 @@ class Placement:
     crossover: float | None
 
 
-class Roofline:
+class Roofline(SerialModel):
     """The cost model of a device that was not measured."""
 
     def __init__(self, device: DeviceProfile) -> None:
@@ -76,25 +77,8 @@ class Roofline:
     def prepare(self, requests: Sequence[LayerRequest], report: Report | None = None) -> None:
         """Nothing: all that is known is in the profile."""
 
-    def layer_cost(
-        self,
-        kind: str,
-        shape: Sequence[int],
-        weight_format: str = "fp32",
-        *,
-        rows: int = 1,
-        geometry: Mapping[str, Any] | None = None,
-        sharers: int = 1,
-        isolated: bool = True,
-    ) -> Cost:
-        """See ``mopt.cost.CostModel``."""
-        from mopt.cost_models.layer_work import layer_works
-
-        works = layer_works(
-            kind, shape, weight_format, rows=rows, geometry=geometry, sharers=sharers,
-            isolated=isolated,
-        )  # fmt: skip
-        costs = [self.cost(work) for work in works]
+    def joined(self, costs: Sequence[Cost]) -> Cost:
+        """The cost of the operators of one layer."""
         # The runtime of an unmeasured device fuses a layer into one launch.
         launches = sum(self._launch(cost) for cost in costs[1:])
         total = sum(cost.milliseconds for cost in costs) - launches

@@ -35,5 +35,8 @@ class SerialModel:
             kind, shape, weight_format, rows=rows, geometry=geometry, sharers=sharers,
             isolated=isolated,
         )  # fmt: skip
-        costs = [self.cost(work) for work in works]
+        return self.joined([self.cost(work) for work in works])
+
+    def joined(self, costs: Sequence[Cost]) -> Cost:
+        """The cost of operators in a row."""
         return replace(combine(costs), bound=costs[0].bound, processor=costs[0].processor)

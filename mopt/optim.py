@@ -10,6 +10,7 @@ approximate AdamW and are no part of an exact plan. ``state_bytes`` tells what t
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -28,7 +29,7 @@ _MOST_POWER = 16.0
 _ALIKE, _HISTORY = 0.4, 5
 
 
-class _AdamW(torch.optim.Optimizer):
+class _AdamW(torch.optim.Optimizer, ABC):
     """The loop over parameters and AdamW's update; subclasses keep the state."""
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
@@ -58,8 +59,9 @@ class _AdamW(torch.optim.Optimizer):
                     p.add_(self._change(p, p.grad, group, number), alpha=-group["lr"])
         return loss
 
+    @abstractmethod
     def _change(self, p: Tensor, grad: Tensor, group: dict[str, Any], number: int) -> Tensor:
-        raise NotImplementedError
+        """The direction of a step for one parameter, the ``number``-th; moves the state."""
 
 
 def _moments(

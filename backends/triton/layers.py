@@ -6,6 +6,7 @@ the tile comes from a table, the runner from whoever loaded the model.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -32,7 +33,7 @@ class TileTable(Protocol):
         ...
 
 
-class KernelLayer(nn.Module):
+class KernelLayer(nn.Module, ABC):
     """A layer of a lowered graph. ``bind`` must come before the first call."""
 
     kernel: Kernel
@@ -46,13 +47,13 @@ class KernelLayer(nn.Module):
         """Say who runs launches and which tiles they take."""
         self._run, self._tiles = run, tiles
 
+    @abstractmethod
     def problem(self, rows: int, dtype: torch.dtype) -> Problem:
         """What a call with so many rows asks of the kernel."""
-        raise NotImplementedError
 
+    @abstractmethod
     def launches(self, rows: int, dtype: torch.dtype, config: Tile) -> list[Launch]:
         """The launches of such a call, on tensors that hold nothing."""
-        raise NotImplementedError
 
 
 class CodesLinear(KernelLayer):
