@@ -177,7 +177,7 @@ class IntBlocks(GridFormat):
         is widened when the model is loaded: the file is as small, and nothing is slower. Models of
         more than 1 GiB keep their codes, because memory is what they are short of.
 
-        Measured on ONNX Runtime 1.31 (``benchmarks/block_kernels.py``, two threads, AVX-512 VNNI): at 8 rows
+        Measured on ONNX Runtime 1.31 by ``benchmarks/block_kernels.py`` (AVX-512 VNNI), at 8 rows
         0.3 to 1.0 of the time in every size from 256 x 688 on; at 16, 0.9 for 2048 x 2048 and 1.2
         for 768 x 768; at 256, 1.2 to 1.8 with groups of 32, but 0.8 to 0.9 with groups of 128 from
         768 x 3072 on.
