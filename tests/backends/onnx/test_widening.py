@@ -13,17 +13,18 @@ import torch
 import mopt
 from mopt.backends.onnx.session import check_file
 from mopt.formats import int_blocks
+from mopt.formats.base import widened_layers
 from mopt.limits import DEFAULT_LIMITS
 from mopt.pipeline import Pipeline
 from mopt.program import Program
 from mopt.registry import make_pass
 
 
-def packed(rows: int, name: str = "quantize-weights") -> Program:
+def packed(rows: int, name: str = "quantize-weights", **options: object) -> Program:
     """A linear of 96 inputs on that many rows, its weight in 4 bits."""
     torch.manual_seed(0)
     program = mopt.capture(torch.nn.Linear(96, 64), (torch.randn(rows, 96),))
-    return Pipeline([make_pass(name, {})]).run(program)
+    return Pipeline([make_pass(name, options)]).run(program)
 
 
 def lowered(program: Program, folder: Path) -> Counter[str]:
@@ -40,6 +41,21 @@ def test_rows_decide(rows: int, operator: str, tmp_path: Path) -> None:
     x = torch.randn(rows, 96)
     found = torch.as_tensor(mopt.load(tmp_path / "out")(x))
     torch.testing.assert_close(found, program.run(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_one_scale_a_row_is_stored_once_and_means_the_same(symmetric: bool, tmp_path: Path) -> None:
+    program = packed(64, group=0, symmetric=symmetric)
+    assert lowered(program, tmp_path / "out")["MatMul"] == 1
+    x = torch.randn(64, 96)
+    found = torch.as_tensor(mopt.load(tmp_path / "out")(x))
+    torch.testing.assert_close(found, program.run(x), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_are_floats_while_they_run_are_known() -> None:
+    assert len(widened_layers(packed(64))) == 1
+    assert widened_layers(packed(8)) == set()
+    assert len(widened_layers(packed(64, "store-int8"))) == 1
 
 
 @pytest.mark.parametrize("name", ["quantize-weights", "quantize-levels"])

@@ -20,6 +20,7 @@ from mopt.choice import Baseline, Observation
 from mopt.cost import Cost, LayerRequest
 from mopt.errors import PassError, UsageError
 from mopt.pass_base import PassContext
+from mopt.passes.choose._limits import Corrections, Limits, make_problem
 from mopt.pipeline import Pipeline
 from mopt.program import Program
 from mopt.registry import make_pass
@@ -366,3 +367,44 @@ def test_low_ranks_are_candidates_where_much_may_be_lost() -> None:
     loose = run(program, "minimize=size", "quality>=0.95")
     candidates = loose.plan["choice"]["layers"]["0"]["candidates"]
     assert {"low-rank-50", "low-rank-25"} <= {c["format"] for c in candidates}
+
+
+def test_weights_that_are_widened_save_no_memory() -> None:
+    from mopt.passes.choose._options import fill_options, read_sites
+
+    program = mopt.capture(nn.Sequential(nn.Linear(64, 64)).eval(), (torch.randn(64, 64),))
+    sites, _ = read_sites(program, lambda path: True, 0)
+    names = {"linear": ["int8-dynamic", "int4-g32", "int8-stored"]}
+    fill_options(program, sites, names, None, allow_slower=True)
+    original, dynamic, *widened = sites[0].options
+    assert dynamic.memory_bytes == dynamic.size_bytes < original.size_bytes
+    assert {option.memory_bytes for option in widened} == {original.size_bytes}
+    assert all(option.size_bytes < original.size_bytes for option in widened)
+    limits = Limits("size", {}, {}, 1.0)
+    (group,) = make_problem(sites, limits, Corrections()).groups
+    assert [c.amount("memory") for c in group.candidates] == [
+        option.memory_bytes for option in sites[0].options
+    ]
+
+
+def test_losses_are_those_of_fitted_codes_where_codes_will_be_fitted() -> None:
+    from mopt.calibration import Calibration
+    from mopt.passes.choose._place import place
+    from mopt.passes.choose._sensitivity import Losses
+
+    torch.manual_seed(0)
+    x = torch.randn(64, 8) @ torch.randn(8, 64) + 0.1 * torch.randn(64, 64)
+    program = mopt.capture(nn.Sequential(nn.Linear(64, 64)).eval(), (x,))
+    data = Calibration([(x,)], program)
+    options = {"formats": "int4-g32"}
+    found = {}
+    for rounding in ("nearest", "fitted"):
+        done = run(program, "minimize=size", "quality>=0.5", calibration=data,
+                   options={**options, "rounding": rounding})  # fmt: skip
+        (row,) = done.plan["choice"]["layers"].values()
+        assert row["chosen"] == "int4-g32"
+        found[rounding] = done.plan["choice"]["estimated"]["loss"]
+    losses = Losses(program, PassContext(calibration=data), [((x,), {})], "cosine", place)
+    fitted = losses.exact({next(iter(done.plan["choice"]["layers"])): "int4-g32"}, fitted=True)
+    assert found["fitted"] == pytest.approx(fitted, rel=1e-6)
+    assert found["fitted"] < 0.7 * found["nearest"]
