@@ -1,7 +1,11 @@
-"""Training the rounded weights of one block after another towards the original block's outputs."""
+"""Training the rounded weights of one block after another towards the original block's outputs.
+
+:class:`BlockTraining` is the base of the passes that do so; they say how a weight is trained.
+"""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,11 +17,11 @@ from mopt.errors import InputError
 from mopt.formats import Encoded, Grid, GridFormat
 from mopt.formats.int_blocks import IntBlocks
 from mopt.layers import Layer
-from mopt.pass_base import Pass, PassContext, PassResult, Skip
+from mopt.pass_base import Pass, PassContext, PassResult, Skip, option
 from mopt.passes.quantize._blocks import Block, find_blocks, input_moments, run_block
-from mopt.passes.quantize._calibrated import choose_formats, grid_for
+from mopt.passes.quantize._calibrated import NEEDS_DATA, choose_formats, grid_for
 from mopt.passes.quantize._gptq import round_with_feedback
-from mopt.passes.quantize._weights import is_small, relative_error
+from mopt.passes.quantize._weights import is_small, kernel_notice, relative_error
 from mopt.program import Program
 from mopt.streaming import Stream
 
@@ -47,6 +51,60 @@ class Schedule:
 
 
 Make = Callable[[Layer, Tensor, IntBlocks, Tensor], Trainable]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockTraining(Pass):
+    """What the passes that train rounded weights block by block share: options and the loop.
+
+    A subclass says with :meth:`_start` how the weight of one layer is trained.
+    """
+
+    bits: int = option(4, choices=(2, 3, 4, 8), help="bits per weight")
+    group: int = option(
+        32, choices=(0, 16, 32, 64, 128), help="weights that share a scale; 0: a whole row"
+    )
+    symmetric: bool = option(True, help="no zero points: fewer bytes, a little more error")
+    start: str = option(
+        "gptq", choices=("gptq", "nearest"), help="the codes and scales that training starts from"
+    )
+    ranges: str = option(
+        "output", choices=("output", "mse", "min-max"), help="what scales minimize at first"
+    )
+    steps: int = option(300, min=1, help="training steps per block")
+    activations: str = option(
+        "int8", choices=("int8", "float"), help="whether a kernel may round the input to 8 bits"
+    )
+    min_size: int = option(4096, min=0, help="leave layers with fewer weights alone")
+
+    def requires(self, program: Program, ctx: PassContext) -> str | None:
+        return NEEDS_DATA if ctx.calibration is None else None
+
+    def notice(self, backend: str) -> str | None:
+        return kernel_notice(self.form, backend)
+
+    @property
+    def form(self) -> IntBlocks:
+        """The format that the options describe."""
+        return IntBlocks(self.bits, self.group, not self.symmetric, self.activations)
+
+    @abstractmethod
+    def _start(
+        self, layer: Layer, weight: Tensor, form: IntBlocks, start: Tensor, grid: Grid
+    ) -> Trainable:
+        """The weight as it starts out on the grid with the codes of ``start``."""
+
+    def _train(
+        self, program: Program, ctx: PassContext, *, whole: bool, penalty: float = 0.0
+    ) -> PassResult:
+        """Train every selected linear layer; ``whole`` takes the layers of a module together."""
+
+        def make(layer: Layer, weight: Tensor, form: IntBlocks, moment: Tensor) -> Trainable:
+            start, grid = first_codes(weight, moment, form, self.start, self.ranges)
+            return self._start(layer, weight, form, start, grid)
+
+        schedule = Schedule(self.steps, penalty)
+        return train_blocks(self, program, ctx, self.form, self.min_size, whole, schedule, make)
 
 
 def train_blocks(

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopt.errors import UsageError
 from mopt.formats import Encoded, Format, Grid, GridFormat
 from mopt.formats.base import require_finite
 from mopt.formats.level_blocks import LevelBlocks
@@ -82,11 +81,11 @@ def per_column(per_group: Tensor, columns: int, group: int) -> Tensor:
     return per_group.float().repeat_interleave(group, dim=1)[:, :columns]
 
 
-def refuse_slow(owner: str, bits: int, activations: str) -> None:
-    """Raise UsageError for widths that no fast kernel computes with float inputs."""
-    if activations == "float" and bits in (2, 8):
-        raise UsageError(
-            f"{owner}: {bits} bits and activations='float', for which no fast kernel exists",
-            code="no-kernel",
-            hint="use activations='int8', or bits=4",
-        )
+def kernel_notice(form: Format, backend: str) -> str | None:
+    """What to say at once about a format that the backend computes with as floats, or None."""
+    if backend == "eager" or (backend, "cpu") in form.kernels:
+        return None
+    return (
+        f"{form.name} has no kernel on this target: the file becomes smaller, speed and "
+        "memory stay those of the float model"
+    )

@@ -11,10 +11,9 @@ from torch import Tensor
 from mopt.formats import Grid
 from mopt.formats.int_blocks import IntBlocks
 from mopt.layers import Layer
-from mopt.pass_base import Numerics, Pass, PassContext, PassResult, option, register_pass
-from mopt.passes.quantize._calibrated import NEEDS_DATA
-from mopt.passes.quantize._training import Schedule, first_codes, train_blocks
-from mopt.passes.quantize._weights import per_column, refuse_slow
+from mopt.pass_base import Numerics, PassContext, PassResult, option, register_pass
+from mopt.passes.quantize._training import BlockTraining
+from mopt.passes.quantize._weights import per_column
 from mopt.program import Program
 
 # The stretched sigmoid of the paper, which reaches 0 and 1: zeta and gamma.
@@ -27,7 +26,7 @@ _DECIDED = 0.05
 
 @register_pass("quantize-adaround", numerics=Numerics.LOSSY)
 @dataclass(frozen=True, kw_only=True)
-class QuantizeAdaround(Pass):
+class QuantizeAdaround(BlockTraining):
     """Learn for each weight whether it is rounded up or down.
 
     ## When to use
@@ -54,45 +53,19 @@ class QuantizeAdaround(Pass):
     0.6 between the codes 0 and 1 becomes 0 where that makes up for the errors of its neighbours.
     """
 
-    bits: int = option(4, choices=(2, 3, 4, 8), help="bits per weight")
-    group: int = option(
-        32, choices=(0, 16, 32, 64, 128), help="weights that share a scale; 0: a whole row"
-    )
-    symmetric: bool = option(True, help="no zero points: fewer bytes, a little more error")
-    start: str = option(
-        "gptq", choices=("gptq", "nearest"), help="the codes and scales that training starts from"
-    )
-    ranges: str = option(
-        "output", choices=("output", "mse", "min-max"), help="what scales minimize at first"
-    )
     blocks: str = option(
         "module", choices=("module", "layer"),
         help="train the layers of a repeated module together, or each by itself",
     )  # fmt: skip
-    steps: int = option(300, min=1, help="training steps per block")
     rate: float = option(0.02, min=0, max=1, help="learning rate of the choices")
     penalty: float = option(1.0, min=0, help="weight of the penalty on undecided choices")
-    activations: str = option(
-        "int8", choices=("int8", "float"), help="whether a kernel may round the input to 8 bits"
-    )
-    min_size: int = option(4096, min=0, help="leave layers with fewer weights alone")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse_slow(self.pass_name, self.bits, self.activations)
-
-    def requires(self, program: Program, ctx: PassContext) -> str | None:
-        return NEEDS_DATA if ctx.calibration is None else None
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
-        form = IntBlocks(self.bits, self.group, not self.symmetric, self.activations)
-        return train_blocks(
-            self, program, ctx, form, self.min_size, self.blocks == "module",
-            Schedule(self.steps, self.penalty), self._make,
-        )  # fmt: skip
+        return self._train(program, ctx, whole=self.blocks == "module", penalty=self.penalty)
 
-    def _make(self, layer: Layer, weight: Tensor, form: IntBlocks, moment: Tensor) -> SoftRounding:
-        start, grid = first_codes(weight, moment, form, self.start, self.ranges)
+    def _start(
+        self, layer: Layer, weight: Tensor, form: IntBlocks, start: Tensor, grid: Grid
+    ) -> SoftRounding:
         return SoftRounding(weight, start, form, grid, self.rate)
 
 

@@ -8,14 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from mopt.errors import UsageError
 from mopt.formats import Encoded, GridFormat
 from mopt.formats.int_blocks import IntBlocks
 from mopt.layers import Layer
 from mopt.pass_base import Numerics, Pass, PassContext, PassResult, option, register_pass
 from mopt.passes.quantize._calibrated import NEEDS_DATA, encode_on_data, grid_for
 from mopt.passes.quantize._gptq import round_with_feedback
-from mopt.passes.quantize._weights import is_small
+from mopt.passes.quantize._weights import is_small, kernel_notice
 from mopt.program import Program
 
 
@@ -43,6 +42,7 @@ class QuantizeGptq(Pass):
     said in the statistics. Time grows with the cube of a layer's in_features. Between layers, only
     the values that the rest of the model still needs are kept, for all batches;
     `aim = "original"` keeps them twice. 3 bits are stored in 4: there is no faster kernel for them.
+    2 and 8 bits with `activations = "float"` only make the file smaller: no kernel reads them.
 
     ## Example
     Four-bit weights in groups of 128 that lose less than half of what rounding to nearest loses.
@@ -72,21 +72,19 @@ class QuantizeGptq(Pass):
     )
     min_size: int = option(4096, min=0, help="leave layers with fewer weights alone")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.activations == "float" and self.bits in (2, 8):
-            raise UsageError(
-                f"quantize-gptq: bits is {self.bits} and activations is 'float', for which no "
-                "fast kernel exists",
-                code="no-kernel",
-                hint="use activations='int8', or bits=4",
-            )
+    def notice(self, backend: str) -> str | None:
+        return kernel_notice(self.form, backend)
+
+    @property
+    def form(self) -> IntBlocks:
+        """The format that the options describe."""
+        return IntBlocks(self.bits, self.group, not self.symmetric, self.activations)
 
     def requires(self, program: Program, ctx: PassContext) -> str | None:
         return NEEDS_DATA if ctx.calibration is None else None
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
-        wanted = IntBlocks(self.bits, self.group, not self.symmetric, self.activations)
+        wanted = self.form
 
         def choose(layer: Layer, weight: Tensor) -> GridFormat | str:
             if layer.kind != "linear":

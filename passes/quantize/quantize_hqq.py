@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopt.errors import UsageError
 from mopt.formats import Grid
 from mopt.formats.base import require_finite, shared_weight
 from mopt.formats.int_blocks import IntBlocks
 from mopt.layers import Layer, find_layers
 from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
-from mopt.passes.quantize._weights import is_small, relative_error
+from mopt.passes.quantize._weights import is_small, kernel_notice, relative_error
 from mopt.program import Program
 
 _aten = torch.ops.aten
@@ -55,17 +54,16 @@ class QuantizeHqq(Pass):
     )
     min_size: int = option(4096, min=0, help="leave layers with fewer weights alone")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.activations == "float" and self.bits == 2:
-            raise UsageError(
-                "quantize-hqq: 2 bits and activations='float', for which no fast kernel exists",
-                code="no-kernel",
-                hint="use activations='int8', or bits=4",
-            )
+    def notice(self, backend: str) -> str | None:
+        return kernel_notice(self.form, backend)
+
+    @property
+    def form(self) -> IntBlocks:
+        """The format that the options describe."""
+        return IntBlocks(self.bits, self.group, True, self.activations)
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
-        form = IntBlocks(self.bits, self.group, True, self.activations)
+        form = self.form
         skipped: list[Skip] = []
         formats: dict[str, str] = {}
         error: dict[str, float] = {}

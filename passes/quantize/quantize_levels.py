@@ -10,7 +10,12 @@ from mopt.formats import Format, find_format
 from mopt.formats.level_blocks import LevelBlocks
 from mopt.layers import Layer
 from mopt.pass_base import Numerics, Pass, PassContext, PassResult, option, register_pass
-from mopt.passes.quantize._weights import encode_layers, is_small, relative_error
+from mopt.passes.quantize._weights import (
+    encode_layers,
+    is_small,
+    kernel_notice,
+    relative_error,
+)
 from mopt.program import Program
 
 
@@ -49,13 +54,7 @@ class QuantizeLevels(Pass):
     min_size: int = option(4096, min=0, help="leave layers with fewer weights alone")
 
     def notice(self, backend: str) -> str | None:
-        wanted = find_format(self.format)
-        if backend == "eager" or (backend, "cpu") in wanted.kernels:
-            return None
-        return (
-            f"{self.format} has no kernel on this target: the file becomes smaller, speed and "
-            "memory stay those of the float model"
-        )
+        return kernel_notice(find_format(self.format), backend)
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         wanted = find_format(self.format)

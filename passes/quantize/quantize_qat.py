@@ -11,10 +11,9 @@ from torch import Tensor
 from mopt.formats import Grid
 from mopt.formats.int_blocks import IntBlocks
 from mopt.layers import Layer
-from mopt.pass_base import Numerics, Pass, PassContext, PassResult, option, register_pass
-from mopt.passes.quantize._calibrated import NEEDS_DATA
-from mopt.passes.quantize._training import Schedule, first_codes, train_blocks
-from mopt.passes.quantize._weights import per_column, refuse_slow
+from mopt.pass_base import Numerics, PassContext, PassResult, option, register_pass
+from mopt.passes.quantize._training import BlockTraining
+from mopt.passes.quantize._weights import per_column
 from mopt.program import Program
 
 # A weight that starts on another code than its nearest stays this far from the code's border.
@@ -23,7 +22,7 @@ _INSIDE = 0.45
 
 @register_pass("quantize-qat", numerics=Numerics.LOSSY)
 @dataclass(frozen=True, kw_only=True)
-class QuantizeQat(Pass):
+class QuantizeQat(BlockTraining):
     """Train weights, scales and zero points of one block after another while they are rounded.
 
     ## When to use
@@ -52,37 +51,16 @@ class QuantizeQat(Pass):
         128, choices=(0, 16, 32, 64, 128), help="weights that share a scale; 0: a whole row"
     )
     symmetric: bool = option(False, help="no zero points: fewer bytes, a little more error")
-    start: str = option(
-        "gptq", choices=("gptq", "nearest"), help="the codes and scales that training starts from"
-    )
-    ranges: str = option(
-        "output", choices=("output", "mse", "min-max"), help="what scales minimize at first"
-    )
     steps: int = option(200, min=1, help="training steps per block")
     rate: float = option(0.01, min=0, max=1, help="learning rate of weights and zero points")
     scale_rate: float = option(0.002, min=0, max=1, help="learning rate of scales, as a share")
-    activations: str = option(
-        "int8", choices=("int8", "float"), help="whether a kernel may round the input to 8 bits"
-    )
-    min_size: int = option(4096, min=0, help="leave layers with fewer weights alone")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse_slow(self.pass_name, self.bits, self.activations)
-
-    def requires(self, program: Program, ctx: PassContext) -> str | None:
-        return NEEDS_DATA if ctx.calibration is None else None
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
-        form = IntBlocks(self.bits, self.group, not self.symmetric, self.activations)
-        return train_blocks(
-            self, program, ctx, form, self.min_size, True, Schedule(self.steps), self._make
-        )
+        return self._train(program, ctx, whole=True)
 
-    def _make(
-        self, layer: Layer, weight: Tensor, form: IntBlocks, moment: Tensor
+    def _start(
+        self, layer: Layer, weight: Tensor, form: IntBlocks, start: Tensor, grid: Grid
     ) -> TrainedRounding:
-        start, grid = first_codes(weight, moment, form, self.start, self.ranges)
         return TrainedRounding(weight, start, form, grid, self.rate, self.scale_rate)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mopt.calibration import Calibration
-from mopt.errors import PassError, UsageError
+from mopt.errors import PassError
 from mopt.formats.int_blocks import IntBlocks
 from mopt.layers import find_layers
 from mopt.passes.quantize._blocks import find_blocks, input_moments, run_block
@@ -147,13 +147,10 @@ def test_blocks_that_overlap_are_one_and_inputs_are_not_written_to() -> None:
     assert result.plan["formats"].keys() == {"first", "second"}
 
 
-def test_data_is_needed_and_slow_combinations_are_refused() -> None:
+def test_data_is_needed() -> None:
     with pytest.raises(PassError, match="needs calibration data") as missing:
         Pipeline([make_pass("quantize-adaround", SMALL)]).run(one_linear())
     assert missing.value.code == "pass-requires"
-    with pytest.raises(UsageError, match="no fast kernel exists") as slow:
-        make_pass("quantize-adaround", {"bits": 2, "activations": "float"})
-    assert slow.value.code == "no-kernel"
 
 
 def test_other_codes_to_start_from_are_kept() -> None:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from mopt.calibration import Calibration
-from mopt.errors import InputError, LimitError, PassError, UsageError
+from mopt.errors import InputError, LimitError, PassError
 from mopt.formats.int_blocks import IntBlocks
+from mopt.lowering import lower
 from mopt.pass_base import PassContext
 from mopt.passes.quantize._calibrated import Moments, aimed, grid_for
 from mopt.passes.quantize._gptq import output_error, round_with_feedback
@@ -226,8 +227,22 @@ def overflowing() -> Program:
     return run_with(made.capture(), [torch.full((4, 32), 1e37)], ("quantize-gptq", SMALL))
 
 
-@pytest.mark.parametrize("bits", [2, 8])
-def test_slow_combinations_are_refused(bits: int) -> None:
-    with pytest.raises(UsageError, match="no fast kernel exists") as caught:
-        make_pass("quantize-gptq", {"bits": bits, "activations": "float"})
-    assert caught.value.code == "no-kernel"
+@pytest.mark.parametrize("name", ["quantize-gptq", "quantize-adaround", "quantize-qat"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_user_is_told_at_once_what_only_makes_the_file_smaller(name: str, bits: int) -> None:
+    quiet = make_pass(name, {"bits": bits, "activations": "int8"})
+    assert quiet.notice("onnx") is None
+    in_float = make_pass(name, {"bits": bits, "activations": "float"})
+    notice = in_float.notice("onnx")
+    assert in_float.notice("eager") is None
+    assert (notice is None) == (bits == 4)  # for 4 bits there is a float kernel
+    assert notice is None or "afloat has no kernel on this target" in notice
+
+
+def test_widths_without_a_float_kernel_compute_what_the_reference_does() -> None:
+    options = {"bits": 8, "group": 32, "activations": "float", "min_size": 0}
+    rounded = run_with(one_linear(), [correlated(40, 64)], ("quantize-gptq", options))
+    rows = correlated(9, 64, seed=3)
+    with lower(rounded, "onnx").load(threads=1) as run:
+        found = torch.as_tensor(run(rows))
+    assert torch.allclose(found, rounded.run(rows), atol=1e-5)

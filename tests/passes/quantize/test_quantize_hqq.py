@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from mopt.errors import UsageError
 from mopt.formats.grid import min_max_grid
 from mopt.lowering import lower
 from mopt.passes.quantize.quantize_hqq import fit_zero_points
@@ -64,7 +63,7 @@ def test_onnx_computes_what_the_reference_does() -> None:
     assert float((found - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
 
 
-def test_slow_combinations_are_refused() -> None:
-    with pytest.raises(UsageError, match="no fast kernel exists") as caught:
-        make_pass("quantize-hqq", {"bits": 2, "activations": "float"})
-    assert caught.value.code == "no-kernel"
+def test_a_user_is_told_at_once_what_only_makes_the_file_smaller() -> None:
+    notice = make_pass("quantize-hqq", {"bits": 2, "activations": "float"}).notice("onnx")
+    assert notice is not None and "int2-g64-asym-afloat has no kernel" in notice
+    assert make_pass("quantize-hqq", {"bits": 2}).notice("onnx") is None
