@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -21,6 +21,13 @@ _FREE = {
     "full_like", "zeros_like", "ones_like", "new_ones", "new_zeros", "lift_fresh_copy", "movedim",
     "repeat", "tril", "triu", "sym_size", "size", "embedding_int8", "widen", "copy_", "narrow",
 }  # fmt: skip
+
+
+class ModelSize(NamedTuple):
+    """What a layer is small or large against: bytes of weights, FLOPs on the example inputs."""
+
+    bytes: int
+    flops: int
 
 
 def shape_of(value: Any) -> tuple[int, ...]:

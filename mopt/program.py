@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils import _pytree as pytree
 
 from mopt.errors import PassError, first_line
-from mopt.flops import node_flops
+from mopt.flops import ModelSize, node_flops
 from mopt.hashes import tensor_hash
 from mopt.shapes import derive_shapes
 
@@ -63,8 +63,8 @@ class Program:
 
     ``args`` and ``kwargs`` are the example inputs; ``dynamic_shapes`` has the form that
     ``torch.export.export`` takes. ``plan`` holds what passes decided for later stages (memory,
-    schedule), as JSON-like data; ``steps`` tells which passes made the program. ``path`` is the
-    module path of the part this graph was captured from, empty for a whole model.
+    schedule), as JSON-like data; ``steps`` tells which passes made it. ``path`` is the module path
+    of the part it was captured from, empty for a whole model; ``original`` its size before passes.
     """
 
     graph_module: fx.GraphModule
@@ -76,6 +76,7 @@ class Program:
     coverage: Coverage = field(default_factory=Coverage)
     plan: dict[str, Any] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
+    original: ModelSize | None = None
 
     # ---- structure
 
@@ -105,7 +106,7 @@ class Program:
         module.train(self.graph_module.training)
         return Program(
             module, self.args, self.kwargs, self.dynamic_shapes, self.name, self.path,
-            self.coverage, copy.deepcopy(self.plan), list(self.steps),
+            self.coverage, copy.deepcopy(self.plan), list(self.steps), self.original_size(),
         )  # fmt: skip
 
     def refresh(self) -> None:
@@ -222,15 +223,15 @@ class Program:
         }
         return sum(storages.values())
 
-    def original_bytes(self) -> int:
-        """Bytes of the weights before the first pass."""
-        return self.steps[0].bytes_before if self.steps else self.size_bytes()
+    def original_size(self) -> ModelSize:
+        """Bytes of the weights and FLOPs of a run before the first pass."""
+        return self.original or ModelSize(self.size_bytes(), self.flops())
 
     def parameter_count(self) -> int:
         """Elements of the weights that are read, shared ones once."""
-        seen = {(t.untyped_storage().data_ptr(), t.storage_offset()): t.numel()
-                for t in self.weights().values()}  # fmt: skip
-        return sum(seen.values())
+        places = {(t.untyped_storage().data_ptr(), t.storage_offset()): t.numel()
+                  for t in self.weights().values()}  # fmt: skip
+        return sum(places.values())
 
     def flops(self) -> int:
         """FLOPs of one run on the example inputs."""

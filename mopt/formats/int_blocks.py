@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from mopt.flops import size_hint
+from mopt.flops import ModelSize, size_hint
 from mopt.formats.base import (
     Encoded,
     GridFormat,
@@ -34,6 +34,10 @@ _FEW_ROWS, _SOME_ROWS = 8, 32
 _LONG_GROUP = 128
 _WIDE = 2048 * 2048
 _LARGE_BYTES = 1 << 30
+# What a processor computes while it reads a byte, in order of magnitude, and the share of a model's
+# time below which a layer is not worth a kernel that rounds its input.
+_FLOPS_PER_BYTE = 10
+_MINOR = 0.01
 # Largest share of codes that may be padding: beyond it a smaller group is the better format.
 _MAX_PADDING = 0.25
 
@@ -170,20 +174,24 @@ class IntBlocks(GridFormat):
         zeros = -(-blocks * self.storage // 8) if self.asymmetric else 0
         return rows * (blocks * (block * self.storage // 8 + dtype.itemsize) + zeros)
 
-    def keeps_codes(self, rows: int, shape: tuple[int, ...], model_bytes: int) -> bool:
+    def keeps_codes(self, rows: int, shape: tuple[int, ...], model: ModelSize) -> bool:
         """Whether a call reads the codes as they are: where a kernel for them is faster.
 
         ``rows`` are the vectors it multiplies with the (N, K) weight. Where it is not, the weight
-        is widened when the model is loaded: the file is as small, and nothing is slower. Models of
-        more than 1 GiB keep their codes, because memory is what they are short of.
+        is widened when the model is loaded: the file is as small, and nothing is slower. So is the
+        weight of a call whose time is nothing beside the model's, such as the classifier that reads
+        one vector of an image: codes would save no time there, and their kernel rounds its input.
+        Models of more than 1 GiB keep their codes, because memory is what they are short of.
 
         Measured on ONNX Runtime 1.31 by ``benchmarks/block_kernels.py`` (AVX-512 VNNI), at 8 rows
         0.3 to 1.0 of the time in every size from 256 x 688 on; at 16, 0.9 for 2048 x 2048 and 1.2
         for 768 x 768; at 256, 1.2 to 1.8 with groups of 32, but 0.8 to 0.9 with groups of 128 from
         768 x 3072 on.
         """
-        if rows <= _FEW_ROWS or model_bytes > _LARGE_BYTES:
+        if model.bytes > _LARGE_BYTES:
             return True
+        if rows <= _FEW_ROWS:
+            return _FLOPS_PER_BYTE * 4 * prod(shape) >= _MINOR * model.flops
         long_groups = self.block(shape[1]) >= _LONG_GROUP
         if rows <= _SOME_ROWS:
             return prod(shape) >= (_WIDE // 4 if long_groups else _WIDE)
@@ -192,7 +200,7 @@ class IntBlocks(GridFormat):
     def place(self, program: Program, layer: Layer, encoded: Encoded) -> None:
         nodes = store(program, layer, encoded)
         columns = encoded.shape[1]
-        whole = program.original_bytes()
+        whole = program.original_size()
 
         def arguments(call: fx.Node) -> tuple[Any, ...]:
             rows = prod(size_hint(size) for size in call.meta["val"].shape[:-1])

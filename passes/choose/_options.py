@@ -11,7 +11,7 @@ import torch
 
 from mopt.cost import CostModel, LayerRequest
 from mopt.errors import UsageError
-from mopt.flops import size_hint
+from mopt.flops import ModelSize, size_hint
 from mopt.formats import find_format
 from mopt.formats.int_blocks import IntBlocks
 from mopt.formats.low_rank import LowRank
@@ -52,13 +52,13 @@ class Option:
 class Sites:
     """Layers that must agree, their options (the original first), and what was refused and why.
 
-    ``slower`` are the options that were refused for their time alone. ``model_bytes`` are those of
-    the whole model before the first pass.
+    ``slower`` are the options that were refused for their time alone. ``model`` is the size of the
+    whole model before the first pass.
     """
 
     name: str
     layers: tuple[Layer, ...]
-    model_bytes: int
+    model: ModelSize
     options: list[Option] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
     slower: list[Option] = field(default_factory=list)
@@ -101,7 +101,7 @@ def read_sites(program: Program, selects: Any, min_size: int) -> tuple[list[Site
             groups.append(known)
         known.append(layer)
         place.update(dict.fromkeys(keys, known))
-    whole = program.original_bytes()
+    whole = program.original_size()
     return [Sites(group[0].path, tuple(group), whole) for group in groups], left
 
 
@@ -206,7 +206,7 @@ def _add_option(
         formats[layer.path] = own
     source = _worst(levels)
     size = _bytes(program, one, formats)
-    widened = any(_is_widened(layer, call, formats[layer.path], one.model_bytes)
+    widened = any(_is_widened(layer, call, formats[layer.path], one.model)
                   for layer in one.layers for call in layer.calls)  # fmt: skip
     option = Option(
         name, formats, size, latency, latency_source=source, border_ms=max(border, 0.0),
@@ -269,21 +269,19 @@ def _requests(layer: Layer, call: Any, name: str, one: Sites) -> list[LayerReque
 
 
 def _request(layer: Layer, call: Any, name: str, one: Sites) -> LayerRequest:
-    name = "fp32" if _is_widened(layer, call, name, one.model_bytes) else name
+    name = "fp32" if _is_widened(layer, call, name, one.model) else name
     sharers = sum(other.kind == "linear" for other in one.layers) if layer.kind == "linear" else 1
     if layer.kind == "embedding":
         return LayerRequest(layer.kind, tuple(layer.shape), name, _rows(call))
     return replace(layer_request(call, layer.shape), weight_format=name, sharers=sharers)
 
 
-def _is_widened(layer: Layer, call: Any, name: str, model_bytes: int) -> bool:
+def _is_widened(layer: Layer, call: Any, name: str, model: ModelSize) -> bool:
     """Whether weights are widened when the model is loaded: the runtime multiplies floats."""
     if name in ("fp16", "bf16", "int8-stored"):
         return True
     form = find_format(name) if name not in (ORIGINAL, "fp32") else None
-    return isinstance(form, IntBlocks) and not form.keeps_codes(
-        _rows(call), layer.shape, model_bytes
-    )
+    return isinstance(form, IntBlocks) and not form.keeps_codes(_rows(call), layer.shape, model)
 
 
 def _rows(call: Any) -> int:

@@ -7,13 +7,18 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from mopt.errors import UsageError
-from mopt.formats import Encoded, GridFormat
+from mopt.formats import Encoded, Format, GridFormat
+from mopt.formats.half import Half
 from mopt.formats.int_blocks import IntBlocks
 from mopt.layers import Layer, is_returned
 from mopt.pass_base import Numerics, Pass, PassContext, PassResult, option, register_pass
 from mopt.passes.quantize._calibrated import NEEDS_DATA, encode_on_data, grid_for
 from mopt.passes.quantize._weights import encode_layers, is_small
 from mopt.program import Program
+
+_HALF_BITS = 16
+# Beyond this share of the weights a head is worth its kernel: vocabularies, not classes.
+_SMALL_HEAD = 0.1
 
 
 @register_pass("quantize-weights", numerics=Numerics.LOSSY)
@@ -39,7 +44,7 @@ class QuantizeWeights(Pass):
     Runtime is about a hundred times slower on a CPU. Layers whose input is much shorter than a
     group are left alone, because padding would take the gain.
     Errors of the last layer go straight into what the model returns: `head_bits = 8` keeps the
-    layers whose result is returned at 8 bits.
+    layers whose result is returned at 8 bits, `head_bits = 16` keeps small ones in float16.
 
     ## Example
     A linear of 384 x 384 in float32 (590 kB) becomes 92 kB at 4 bits in groups of 32.
@@ -57,7 +62,10 @@ class QuantizeWeights(Pass):
         "int8", choices=("int8", "float"), help="whether a kernel may round the input to 8 bits"
     )
     head_bits: int = option(
-        0, choices=(0, 4, 8), help="bits of the layers whose result the model returns; 0: as bits"
+        0,
+        choices=(0, 4, 8, 16),
+        help="bits of the layers whose result the model returns; 0: as bits; 16: float16 where "
+        "they are under a tenth of the weights, else as bits",
     )
     min_size: int = option(4096, min=0, help="leave layers with fewer weights alone")
 
@@ -71,6 +79,13 @@ class QuantizeWeights(Pass):
                 code="no-kernel",
                 hint="use activations='int8', or bits=4",
             )
+        if self.head_bits == _HALF_BITS and self.ranges == "output":
+            raise UsageError(
+                "quantize-weights: head_bits=16 and ranges='output', which has no ranges to choose "
+                "for floats",
+                code="bad-option",
+                hint="use ranges='mse', or head_bits=8",
+            )
 
     def requires(self, program: Program, ctx: PassContext) -> str | None:
         if self.ranges == "output" and ctx.calibration is None:
@@ -79,12 +94,16 @@ class QuantizeWeights(Pass):
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         wanted = IntBlocks(self.bits, self.group, not self.symmetric, self.activations)
-        of_heads = replace(wanted, width=self.head_bits or self.bits)
+        in_half = self.head_bits == _HALF_BITS
+        of_heads = replace(wanted, width=(0 if in_half else self.head_bits) or self.bits)
+        small = _SMALL_HEAD * program.original_size().bytes
 
-        def choose(layer: Layer, weight: Tensor) -> IntBlocks | str:
+        def choose(layer: Layer, weight: Tensor) -> Format | str:
             if layer.kind != "linear":
                 return f"only linear layers have a kernel for weights in groups, not {layer.kind}s"
             is_head = any(is_returned(call) for call in layer.calls)
+            if is_head and in_half and weight.nbytes < small and not Half().range_reason(weight):
+                return is_small(layer, self.min_size) or Half()
             return is_small(layer, self.min_size) or (of_heads if is_head else wanted)
 
         kinds = ("linear", "convolution", "embedding")

@@ -12,12 +12,15 @@ import torch
 
 import mopt
 from mopt.backends.onnx.session import check_file
+from mopt.flops import ModelSize
 from mopt.formats import int_blocks
 from mopt.formats.base import widened_layers
 from mopt.limits import DEFAULT_LIMITS
 from mopt.pipeline import Pipeline
 from mopt.program import Program
 from mopt.registry import make_pass
+
+SMALL = ModelSize(bytes=0, flops=0)
 
 
 def packed(rows: int, name: str = "quantize-weights", **options: object) -> Program:
@@ -73,7 +76,28 @@ def test_large_models_keep_their_codes(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_long_groups_pay_off_for_many_rows_of_wide_layers() -> None:
     short, long = int_blocks.IntBlocks(4, 32), int_blocks.IntBlocks(4, 128)
-    assert not short.keeps_codes(256, (4096, 4096), 0)
-    assert long.keeps_codes(256, (4096, 4096), 0)
-    assert not long.keeps_codes(256, (768, 768), 0)
-    assert short.keeps_codes(16, (4096, 4096), 0) and not short.keeps_codes(16, (768, 768), 0)
+    assert not short.keeps_codes(256, (4096, 4096), SMALL)
+    assert long.keeps_codes(256, (4096, 4096), SMALL)
+    assert not long.keeps_codes(256, (768, 768), SMALL)
+    assert short.keeps_codes(16, (4096, 4096), SMALL)
+    assert not short.keeps_codes(16, (768, 768), SMALL)
+
+
+def test_a_layer_that_takes_none_of_the_time_does_not_round_its_input(tmp_path: Path) -> None:
+    """The classifier of an image model reads one row; the rest of the model reads many."""
+    torch.manual_seed(0)
+
+    class Classifier(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = torch.nn.Linear(96, 96)
+            self.head = torch.nn.Linear(96, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.body(x).mean(1))
+
+    program = mopt.capture(Classifier(), (torch.randn(1, 4096, 96),))
+    program = Pipeline([make_pass("quantize-weights", {"bits": 8})]).run(program)
+    assert lowered(program, tmp_path / "out")["MatMulNBits"] == 0
+    form = int_blocks.IntBlocks(4, 32)
+    assert form.keeps_codes(1, (4096, 4096), ModelSize(bytes=1 << 31, flops=1 << 60))

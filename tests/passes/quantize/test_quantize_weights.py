@@ -85,6 +85,23 @@ def test_heads_keep_more_bits() -> None:
         make_pass("quantize-weights", {"activations": "float", "head_bits": 8})
 
 
+def test_small_heads_keep_sixteen_bits() -> None:
+    """Where 16 bits cost the file little; a head that is most of the model is worth its kernel."""
+
+    def formats(body: int, head: int) -> dict[str, str]:
+        module = Apply(
+            lambda m, x: m.head(torch.relu(m.body(x))),
+            body=nn.Linear(64, body), head=nn.Linear(body, head),
+        )  # fmt: skip
+        program = capture(module.eval(), (normal(2, 64),))
+        return dict(quantized(program, head_bits=16, min_size=1).plan["formats"])
+
+    assert formats(body=256, head=4) == {"body": "int4-g32", "head": "fp16"}
+    assert formats(body=64, head=64) == {"body": "int4-g32", "head": "int4-g32"}
+    with pytest.raises(UsageError, match="no ranges"):
+        make_pass("quantize-weights", {"ranges": "output", "head_bits": 16})
+
+
 def test_mse_ranges_are_closer_than_min_max() -> None:
     program = tiny.decoder(width=64).capture()
     drifts = {r: quantized(program, ranges=r).steps[-1].drift for r in ("mse", "min-max")}
