@@ -113,6 +113,7 @@ def _quality_rows(quality: Mapping[str, Any], verbose: bool) -> list[list[str]]:
 def remarks(report: Mapping[str, Any], *, verbose: bool = False) -> list[str]:
     """Lines about what a reader of the table would ask next; empty when there is nothing."""
     lines = _kept_all(report) + _slower(report) + _unmeasured(report) + _widened(report)
+    lines += _zeros(report)
     lines += coverage_lines(report["coverage"]) + _kept(report)
     if verbose:
         lines += _skips(report)
@@ -176,11 +177,36 @@ def coverage_lines(coverage: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _sparse(report: Mapping[str, Any]) -> dict[str, float]:
+    """The share of zeros of every layer that a pass gave zeros, and nothing made smaller."""
+    found: dict[str, float] = {}
+    for step in report["steps"]:
+        found |= step.get("stats", {}).get("zeros_of", {})
+    return found
+
+
+def _zeros(report: Mapping[str, Any]) -> list[str]:
+    sparse = _sparse(report)
+    if not sparse:
+        return []
+    few, many = min(sparse.values()), max(sparse.values())
+    share = f"{many:.0%}" if f"{few:.0%}" == f"{many:.0%}" else f"{few:.0%} to {many:.0%}"
+    return [
+        f"{plural(len(sparse), 'layer')} with {share} zeros, stored as floats like the others: no "
+        "smaller",
+        "  and no faster here; smaller once the file is compressed.",
+    ]
+
+
 def _kept(report: Mapping[str, Any]) -> list[str]:
     layers = report["layers"]
     if not layers or not any(step["numerics"] == "lossy" for step in report["steps"]):
         return []
-    kept = [row["path"] for row in layers if row["bytes_after"] >= row["bytes_before"]]
+    sparse = _sparse(report)
+    kept = [
+        row["path"] for row in layers
+        if row["bytes_after"] >= row["bytes_before"] and row["path"] not in sparse
+    ]  # fmt: skip
     if not kept:
         return []
     reasons = {skip["site"]: skip["reason"] for step in report["steps"] for skip in step["skipped"]}

@@ -114,6 +114,14 @@ def test_kept_layers_are_only_told_when_something_compressed() -> None:
     assert remarks(report(layers=layers, steps=[exact])) == []
 
 
+def test_layers_with_zeros_are_told_as_such_and_not_as_kept() -> None:
+    layers = [{"path": name, "bytes_before": 8, "bytes_after": 8} for name in "ab"]
+    sparse = {"name": "p", "numerics": "lossy", "skipped": [], "stats": {"zeros_of": {"a": 0.5}}}
+    said = remarks(report(layers=layers, steps=[sparse]))
+    assert said[0].startswith("1 layer with 50% zeros, stored as floats like the others")
+    assert "Kept as they were: 1 of 2 layers" in said
+
+
 def test_what_stayed_outside_is_told_with_its_place() -> None:
     part = {"path": "decoder", "reason": "a loop depends on a value", "source": "net.py:9"}
     coverage = {"parameters": 0.93, "flops": 0.5, "outside": [part] * 5}
