@@ -124,11 +124,12 @@ def compile(
     costs = cost_model(
         device, timed=chooses and settings.measure, cache=cache, threads=settings.threads
     )
+    # Passes that make a model smaller ask too whether that is faster, on the target and no other.
+    context = replace(context, device=device, cost_model=costs)
     if chooses:
         context = replace(
-            context, backend=backend, budget=wanted, allow_slower=allow_slower, cache=cache,
-            cost_model=costs,
-        )  # fmt: skip
+            context, backend=backend, budget=wanted, allow_slower=allow_slower, cache=cache
+        )
     maker = _Maker(
         program, passes, tuple(callbacks), context, chosen, backend, target, settings, evaluate,
         Estimator(device, costs),
