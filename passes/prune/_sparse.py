@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from mopt.errors import UsageError
 from mopt.layer_rows import can_read_rows, input_rows, input_width
 from mopt.layers import Layer, find_layers, is_returned
-from mopt.pass_base import Pass, PassContext, PassResult, Skip
-from mopt.passes.prune._masks import Pattern
+from mopt.pass_base import Pass, PassContext, PassResult, Skip, option
+from mopt.passes.prune._masks import Pattern, size_only
 from mopt.program import Program
 from mopt.second_order import output_error
 from mopt.streaming import Stream
@@ -22,6 +24,33 @@ _MOST_ROWS = 1 << 16
 
 # The weight as (outputs, inputs) and the second moment of its inputs, or None without data.
 Sparsify = Callable[[Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsePass(Pass):
+    """The options of passes that set single weights to zero, and what all of them say."""
+
+    ratio: float = option(0.5, min=0, max=1, help="share of zeros, where pattern is unstructured")
+    pattern: str = option("unstructured", help="unstructured, or n:m such as 2:4")
+    min_size: int = option(1024, min=0, help="leave layers with fewer weights alone")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Pattern.parse(self.pass_name, self.pattern, self.ratio)
+
+    def notice(self, backend: str) -> str | None:
+        return size_only(backend)
+
+    def wanted(self) -> Pattern:
+        """The pattern asked for. Raises UsageError where it would leave nothing."""
+        pattern = Pattern.parse(self.pass_name, self.pattern, self.ratio)
+        if pattern.ratio == 1:
+            raise UsageError(
+                f"{self.pass_name}: ratio 1 would empty every layer",
+                code="empties-layer",
+                hint="give a ratio below 1",
+            )
+        return pattern
 
 
 def sparse_layers(
@@ -95,6 +124,9 @@ def sparsify_layers(
     stats: dict[str, Any] = {
         "layers": len(found),
         "zeros": zeros / total if total else 0.0,
+        "zeros_of": {
+            layer.path: float((fresh == 0).double().mean()) for layer, fresh in found.items()
+        },
         "gain_class": "size",
     }
     if errors:

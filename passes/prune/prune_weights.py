@@ -6,16 +6,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mopt.errors import UsageError
-from mopt.pass_base import Numerics, Pass, PassContext, PassResult, option, register_pass
-from mopt.passes.prune._masks import Pattern, size_only
-from mopt.passes.prune._sparse import sparse_layers, sparsify_layers
+from mopt.pass_base import Numerics, PassContext, PassResult, option, register_pass
+from mopt.passes.prune._sparse import SparsePass, sparse_layers, sparsify_layers
 from mopt.program import Program
 
 
 @register_pass("prune-weights", numerics=Numerics.LOSSY)
 @dataclass(frozen=True, kw_only=True)
-class PruneWeights(Pass):
+class PruneWeights(SparsePass):
     """Set single weights to zero: any, or all but n of every m.
 
     ## When to use
@@ -36,34 +34,18 @@ class PruneWeights(Pass):
     Half of the weights of each layer, or the smaller two of every four.
     """
 
-    ratio: float = option(0.5, min=0, max=1, help="share of zeros, where pattern is unstructured")
-    pattern: str = option("unstructured", help="unstructured, or n:m such as 2:4")
     importance: str = option(
         "auto", choices=("auto", "magnitude", "wanda"),
         help="what decides; auto: wanda with calibration data, magnitude without",
     )  # fmt: skip
-    min_size: int = option(1024, min=0, help="leave layers with fewer weights alone")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        Pattern.parse(self.pass_name, self.pattern, self.ratio)
 
     def requires(self, program: Program, ctx: PassContext) -> str | None:
         if self.importance == "wanda" and ctx.calibration is None:
             return "importance 'wanda' needs calibration data; pass calibration=[inputs, ...]"
         return None
 
-    def notice(self, backend: str) -> str | None:
-        return size_only(backend)
-
     def run(self, program: Program, ctx: PassContext) -> PassResult:
-        pattern = Pattern.parse(self.pass_name, self.pattern, self.ratio)
-        if pattern.ratio == 1:
-            raise UsageError(
-                "prune-weights: ratio 1 would empty every layer",
-                code="empties-layer",
-                hint="give a ratio below 1",
-            )
+        pattern = self.wanted()
         wanda = self.importance == "wanda" or (
             self.importance == "auto" and ctx.calibration is not None
         )

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import mopt
 from mopt.calibration import Calibration
+from mopt.cost import cost_model
 from mopt.coupling import find_coupling
+from mopt.device import find_device
 from mopt.errors import PassError, UsageError
 from mopt.frontend import capture
 from mopt.models import load
 from mopt.pass_base import PassContext
+from mopt.passes.prune._speed import LayerTimes
 from mopt.pipeline import Pipeline
 from mopt.program import Program
 from mopt.recipe import Recipe
@@ -108,6 +113,23 @@ def test_five_percent_of_resnet50s_channels_would_not_be_faster_and_is_not_made(
     assert "a smaller width is not estimated to be faster" in reasons
     forced = prune(program, options | {"allow_slower": True}, cost_model=BlockModel(16))
     assert forced.steps[-1].changed
+
+
+def test_a_compile_asks_the_cost_model_of_its_target() -> None:
+    made, steps = tiny.mlp(64, 256), []
+    mopt.compile(
+        made.module, made.inputs, recipe="prune-channels", target="cpu-cortex-a76",
+        backend="eager", callbacks=[steps.append],
+    )  # fmt: skip
+    assert steps[-1].changed
+    coupling = find_coupling(made.capture())
+    nothing = np.zeros(coupling.unit_count, dtype=bool)
+    target, other = (
+        LayerTimes(coupling, cost_model(find_device(name))).total(nothing)
+        for name in ("cpu-cortex-a76", "cpu-avx2")
+    )
+    assert steps[-1].stats["estimated_layer_ms"]["before"] == pytest.approx(target)
+    assert target > 1.2 * other
 
 
 def test_a_ratio_that_empties_a_layer_and_one_outside_zero_to_one() -> None:
