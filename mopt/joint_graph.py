@@ -144,7 +144,8 @@ class _Reader:
             return None
         seconds, workspace = self.price(node)
         if node.target is SQUEEZE:
-            # Only a plan that keeps the small form runs it; restoring costs about the same.
+            # Only a plan that keeps the small form runs it; restoring costs about the same, and
+            # both together are the price.
             back = Again(makes, reads, 2 * seconds, workspace)
             return Call(node.name, reads, makes, 0.0, 0, layer_of(node), back, str(node.args[1]))
         again = None if is_backward(node) else self._again(node, reads, makes, seconds, workspace)

@@ -77,9 +77,18 @@ class RecomputeProblem:
         return tuple(s for s in sorted(read) if s in self.maker)
 
     @cached_property
+    def ways(self) -> dict[int, tuple[int, ...]]:
+        """The forward calls that can make a storage again, by storage."""
+        found: dict[int, tuple[int, ...]] = {}
+        for index, call in enumerate(self.forward):
+            for s in call.again.makes if call.again else ():
+                found[s] = (*found.get(s, ()), index)
+        return found
+
+    @cached_property
     def remakes(self) -> dict[int, int]:
-        """The forward call that can make a storage again, by storage."""
-        return {s: i for i, call in enumerate(self.forward) if call.again for s in call.again.makes}
+        """The first forward call that can make a storage again, by storage."""
+        return {s: ways[0] for s, ways in self.ways.items()}
 
     @cached_property
     def keep_all(self) -> frozenset[int]:

@@ -20,7 +20,8 @@ _OPTIONS = 20
 class Option:
     """One way to run a block: bytes kept between its passes, peaks of both, seconds repeated.
 
-    ``since`` is the plan inside the block, by the block's own numbering of storages.
+    ``since`` is the plan inside the block, by the block's own numbering of storages, ``ways`` the
+    block's call that makes each one again.
     """
 
     kept: int
@@ -28,6 +29,7 @@ class Option:
     backward_peak: int
     seconds: float
     since: dict[int, int]
+    ways: dict[int, int]
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,9 @@ def cut(problem: RecomputeProblem, most: int) -> list[Block]:
         alive |= {s for s in call.makes if reads.get(s, -1) > index}
         alive = {s for s in alive if reads[s] > index}
         crossing = [s for s in alive if s not in long_lived]
-        if sum(problem.sizes[s] * 64 > largest for s in crossing) <= 1:
+        # A value's smaller forms stay in its block.
+        inside = calls[index + 1].form
+        if not inside and sum(problem.sizes[s] * 64 > largest for s in crossing) <= 1:
             places.append((index + 1, tuple(sorted(crossing))))
     width = -(-(len(places) + 1) // most)
     places = places[width - 1 :: width]
@@ -183,6 +187,7 @@ def _options(local: RecomputeProblem, out: frozenset[int], work: int) -> tuple[O
     tables = Tables(local)
     tables.fixed |= out & tables.sources
     tables.free = np.array([v for v in tables.free if v not in out], np.int64)
+    tables.several = np.array([v for v in tables.several if v not in out], np.int64)
     points = descend(tables, work // 4, kept=True) + descend(tables, work // 4)
     for one in list(points):
         points.append(polish(tables, one, one.peak, work // (4 * len(points))))
@@ -214,4 +219,5 @@ def _option(tables: Tables, point: Point, out: frozenset[int]) -> Option:
     return Option(
         own, figures.forward_peak, figures.backward_peak,
         figures.repeated_seconds, since,
+        {v: int(point.since[len(local.sizes) + v]) for v in since},
     )  # fmt: skip

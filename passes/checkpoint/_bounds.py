@@ -40,23 +40,23 @@ def least_seconds(problem: RecomputeProblem, live: tuple[int, ...], budget: int)
     """Seconds that every plan within the budget repeats.
 
     At each backward call of the step that keeps everything, the bytes over the budget have to go,
-    and what goes is computed again at least once: a fractional knapsack by seconds per byte
-    (values of one call share its seconds). ``live`` are the bytes of that step, call by call.
+    and what goes is made again at least once: a fractional knapsack by seconds per byte, each value
+    in its cheapest way (values of one call share its seconds). ``live`` are the bytes of that
+    step, call by call.
     """
     border = len(problem.forward)
     uses: dict[int, int] = {}
     for index, call in enumerate(problem.backward):
         for s in call.reads:
             uses[s] = index
-    offers: list[tuple[float, int, int, frozenset[int]]] = []
-    for index, call in enumerate(problem.forward):
+    rates: dict[int, float] = {}
+    for call in problem.forward:
         if call.again is None:
             continue
         values = [s for s in call.again.makes if s in uses and s not in problem.results]
-        if values:
-            size = sum(problem.sizes[s] for s in values)
-            offers.append((call.again.seconds / max(size, 1), size, index, frozenset(values)))
-    offers.sort()
+        rate = call.again.seconds / max(1, sum(problem.sizes[s] for s in values))
+        rates.update((s, min(rate, rates.get(s, rate))) for s in values)
+    offers = sorted((rate, s) for s, rate in rates.items())
     best = 0.0
     for index, call in enumerate(problem.backward):
         excess = live[border + index] - budget
@@ -64,10 +64,11 @@ def least_seconds(problem: RecomputeProblem, live: tuple[int, ...], budget: int)
             continue
         total = 0.0
         here = set(call.reads)
-        for rate, _, _, group in offers:
+        for rate, s in offers:
             # What this very call reads is there in any plan.
-            room = sum(problem.sizes[s] for s in group if uses[s] >= index and s not in here)
-            take = min(room, excess)
+            if uses[s] < index or s in here:
+                continue
+            take = min(problem.sizes[s], excess)
             total += take * rate
             excess -= take
             if excess <= 0:

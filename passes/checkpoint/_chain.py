@@ -133,6 +133,8 @@ class Chain:
         option = block.options[how - int(self.at[s])]
         for local, state in option.since.items():
             v = block.names[local]
+            if option.ways[local] >= 0:
+                since[len(since) // 2 + v] = block.begin + option.ways[local]
             since[v] = start if state == SAVED else block.first + state
         if s < t:
             self._keep(since, block.crosses, start)

@@ -67,7 +67,7 @@ class _Model:
         )
         inside = frozenset(self.values)
         self.unit = max(1, max((problem.sizes[v] for v in inside), default=1))
-        calls = sorted({problem.remakes[v] for v in self.values if v in problem.remakes})
+        calls = sorted({o for v in self.values for o in problem.ways.get(v, ())})
         self.time = max(1e-12, sum(problem.forward[o].seconds for o in calls) / 10)
         self.tie = 1e-9
         last = {
@@ -161,7 +161,7 @@ class _Model:
             fresh = []
             for v in makes:
                 if v in touching:
-                    fresh.append((self._new(v, k, x), sizes[v] / self.unit))
+                    fresh.append((self._new(v, k, place, x), sizes[v] / self.unit))
             again = problem.forward[o].again
             assert again is not None
             space = again.workspace + sum(sizes[v] for v in makes if v not in touching)
@@ -181,12 +181,12 @@ class _Model:
             if s not in self.problem.maker and s not in self.problem.given
         )  # fmt: skip
 
-    def _new(self, v: int, k: int, x: pulp.LpVariable) -> pulp.LpVariable:
+    def _new(self, v: int, k: int, place: int, x: pulp.LpVariable) -> pulp.LpVariable:
         """Whether a repeat brings bytes that are not there: not where the value is held."""
         held = self.hold.get((v, k))
         if held is None:
             return x
-        fresh = self.lp.add_variable(f"n_{v}_{k}", 0, 1)
+        fresh = self.lp.add_variable(f"n_{v}_{k}_{place}", 0, 1)
         self.lp += pulp.LpAffineExpression([(fresh, 1.0), (held, 1.0), (x, -1.0)]) >= 0
         return fresh
 
@@ -202,15 +202,18 @@ class _Model:
         found = []
         if (v, k) in self.hold:
             found.append((self.hold[v, k], 1.0))
-        o = self.problem.remakes.get(v)
-        if o is not None and (o, k) in self.run:
-            found.append((self.run[o, k], 1.0))
-        return found
+        runs = (self.run.get((o, k)) for o in self.problem.ways.get(v, ()))
+        return found + [(x, 1.0) for x in runs if x is not None]
 
     def draft(self) -> Draft:
         """The program's plan with its replay."""
         held = {(v, k - 1) for (v, k), x in self.hold.items() if self._set(x)}
-        return draft(self.problem, {v for v, k in held if k < 0}, held)
+        return draft(self.problem, {v for v, k in held if k < 0}, held, self._way)
+
+    def _way(self, k: int, v: int) -> int | None:
+        ways = self.problem.ways.get(v, ())
+        chosen = (o for o in ways if (o, k) in self.run and self._set(self.run[o, k]))
+        return next(chosen, self.problem.remakes.get(v))
 
     @staticmethod
     def _set(variable: pulp.LpVariable) -> bool:

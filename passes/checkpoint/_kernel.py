@@ -3,7 +3,8 @@
 A plan is one number a storage: -1 where it is kept from forward, else the backward call from which
 on a repeated copy is held until its last use; before that call a copy dies with the call that
 wanted it. -2 - k: kept from forward until backward call k, and held again once it is wanted later.
-``measure`` gives what ``mopt.recompute.replay`` gives for the same plan.
+Behind these numbers, as many again: the forward call that makes each storage again, of the several
+that may. ``measure`` gives what ``mopt.recompute.replay`` gives for the same plan.
 """
 
 from __future__ import annotations
@@ -25,13 +26,16 @@ _DONE, _TOO_LONG = -1, -2
 class Arrays(NamedTuple):
     """A problem in arrays. Lists lie one after another; entry i of ``*_at`` is where i's begins.
 
-    ``remake``: the forward call that makes a storage again, -1: none, -2: not one of forward's.
+    ``remake``: the first forward call that makes a storage again, -1: none, -2: not one of
+    forward's; ``ways``: all of them.
     ``stays``: 1 for forward's results. ``ends``: the last forward call that touches a storage.
     ``plain``: bytes alive at each forward call when nothing is kept for backward.
     """
 
     size: Ints
     remake: Ints
+    ways: Ints
+    ways_at: Ints
     stays: Ints
     ends: Ints
     plain: Ints
@@ -82,7 +86,7 @@ def order(a: Arrays, since: Ints, items: Ints) -> tuple[int, int]:
                 if there[v]:
                     top -= 1
                     continue
-                o = a.remake[v]
+                o = since[len(a.size) + v]
                 if o < 0:
                     return count, int(v)
                 missing = False
@@ -248,7 +252,7 @@ def prices(a: Arrays, since: Ints, wanted: Ints, out: Floats) -> None:
         top = 0
         stack[0] = wanted[i]
         while top >= 0:
-            o = a.remake[stack[top]]
+            o = since[len(a.size) + stack[top]]
             top -= 1
             if o < 0 or seen[o] == i:
                 continue
@@ -267,6 +271,7 @@ def anneal(
     a: Arrays,
     start: Ints,
     free: Ints,
+    several: Ints,
     last: Ints,
     limits: Ints,
     scale: float,
@@ -278,13 +283,14 @@ def anneal(
 ) -> float:
     """Random steps from ``start``, colder and colder; the cheapest plan within the limits.
 
-    ``free`` are the storages whose number may change, ``last`` the backward call of each one's last
+    ``free`` are the storages whose number may change, ``several`` those of them that can be made
+    again in several ways, ``last`` the backward call of each one's last
     read, ``limits`` the peak and the kept bytes allowed, ``scale`` the seconds of an ordinary step.
     Returns the seconds of ``best``, or -1 where no plan within the limits was seen.
     """
     np.random.seed(seed)
     now = start.copy()
-    used = np.empty(len(now), np.int64)
+    used = np.empty(len(a.size), np.int64)
     figures = np.empty(4, np.int64)
     none = np.empty(0, np.int64)
     never = len(a.space)
@@ -299,7 +305,13 @@ def anneal(
             one = free[np.random.randint(len(free))]
             was_one = now[one]
             kind = np.random.random()
-            if was_one > -1 and kind < 0.6:
+            turn = len(several) > 0 and np.random.random() < 0.15
+            if turn:
+                v = several[np.random.randint(len(several))]
+                one = len(a.size) + v
+                was_one = now[one]
+                now[one] = a.ways[np.random.randint(a.ways_at[v], a.ways_at[v + 1])]
+            elif was_one > -1 and kind < 0.6:
                 now[one] = -1
             elif kind < 0.66 and last[one] > 0:
                 now[one] = -2 - np.random.randint(last[one])
@@ -309,7 +321,7 @@ def anneal(
                 now[one] = never
             else:
                 now[one] = max(0, last[one] - np.random.randint(1 + min(last[one], 64)))
-            if np.random.random() < 0.5:
+            if not turn and np.random.random() < 0.5:
                 # An exchange: the other way for another value.
                 two = free[np.random.randint(len(free))]
                 if two == one:

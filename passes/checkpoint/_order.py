@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from mopt.errors import InternalError
 from mopt.recompute import Again, Item, RecomputeProblem, Replay, replay
+
+# The forward call that makes a value again (second) for a backward call (first).
+Way = Callable[[int, int], int | None]
 
 
 @dataclass(frozen=True)
@@ -27,14 +31,16 @@ def draft(
     problem: RecomputeProblem,
     saved: Collection[int],
     held: Collection[tuple[int, int]] | None = None,
+    way: Way | None = None,
 ) -> Draft:
     """The plan that keeps ``saved``.
 
     With ``held``, a value survives backward call k only if ``(value, k)`` is in it, and what is
     repeated for one call comes in the order of forward; without, it stays until its last use.
-    Saved values nobody reads are left out.
+    ``way`` gives the forward call that makes a value again for a backward call. Saved values
+    nobody reads are left out.
     """
-    items = _items(problem, frozenset(saved), None if held is None else frozenset(held))
+    items = _items(problem, frozenset(saved), None if held is None else frozenset(held), way)
     used: set[int] = set()
     again: set[int] = set()
     for item in items:
@@ -59,15 +65,17 @@ def _items(
     problem: RecomputeProblem,
     saved: frozenset[int],
     held: frozenset[tuple[int, int]] | None,
+    way: Way | None,
 ) -> tuple[Item, ...]:
     there = set(saved)
     # Forward results outlive the pass, but backward may only rely on what is kept for it.
     items: list[Item] = []
     for index, call in enumerate(problem.backward):
         new: list[Item] = []
+        how = partial(way, index) if way else problem.remakes.get
         for s in call.reads:
             if s in problem.maker and s not in there:
-                _bring(problem, s, there, new)
+                _bring(problem, s, there, new, how)
         if held is not None:
             new.sort(key=lambda item: item.index)
         items += [*new, Item(index)]
@@ -76,7 +84,13 @@ def _items(
     return tuple(items)
 
 
-def _bring(problem: RecomputeProblem, wanted: int, there: set[int], items: list[Item]) -> None:
+def _bring(
+    problem: RecomputeProblem,
+    wanted: int,
+    there: set[int],
+    items: list[Item],
+    way: Callable[[int], int | None],
+) -> None:
     """Repeat what it takes to have a storage, deepest first."""
     stack = [wanted]
     while stack:
@@ -84,7 +98,7 @@ def _bring(problem: RecomputeProblem, wanted: int, there: set[int], items: list[
         if s in there:
             stack.pop()
             continue
-        index = problem.remakes.get(s)
+        index = way(s)
         if index is None:
             raise InternalError(f"storage {s} is neither kept nor repeatable", code="bad-plan")
         again = _again(problem, index)
@@ -99,7 +113,7 @@ def _bring(problem: RecomputeProblem, wanted: int, there: set[int], items: list[
 
 def must_keep(problem: RecomputeProblem) -> frozenset[int]:
     """What no plan can repeat: it is kept wherever backward, or a repetition, reads it."""
-    return frozenset(s for s in sources(problem) if s not in problem.remakes)
+    return frozenset(s for s in sources(problem) if s not in problem.ways)
 
 
 def sources(problem: RecomputeProblem) -> frozenset[int]:
@@ -111,10 +125,8 @@ def sources(problem: RecomputeProblem) -> frozenset[int]:
         if s in found or s in problem.given:
             continue
         found.add(s)
-        index = problem.remakes.get(s)
-        if index is not None:
-            again = _again(problem, index)
-            stack.extend(again.reads)
+        for index in problem.ways.get(s, ()):
+            stack.extend(_again(problem, index).reads)
     return frozenset(found)
 
 
@@ -128,10 +140,9 @@ def closed(problem: RecomputeProblem, saved: Iterable[int]) -> frozenset[int]:
         if s in kept or s in problem.given or s in seen:
             continue
         seen.add(s)
-        index = problem.remakes.get(s)
-        if index is None:
+        ways = problem.ways.get(s, ())
+        if not ways:
             kept.add(s)
-            continue
-        again = _again(problem, index)
-        stack.extend(again.reads)
+        for index in ways:
+            stack.extend(_again(problem, index).reads)
     return frozenset(kept)

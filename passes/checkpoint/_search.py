@@ -37,10 +37,8 @@ def descend(tables: Tables, work: int, *, kept: bool = False) -> list[Point]:
         best: tuple[float, Point] | None = None
         # In a large step many at once: one by one would use up the work halfway.
         many = len(here) // _AT_ONCE
-        for some in ([here[places[:many]]] if many > 1 else []) + list(here[places[:10]]):
-            for state in (0, tables.never):
-                since = now.since.copy()
-                since[some] = state
+        for some in [here[places[:many]]] * (many > 1) + [here[[p]] for p in places[:10]]:
+            for since in tables.drops(now.since, some):
                 work -= 2 * tables.touches
                 one = tables.point(since)
                 if one is None:
@@ -99,12 +97,11 @@ def polish(tables: Tables, start: Point, budget: int, work: int) -> Point:
                 break
             if now.since[v] == SAVED:
                 continue
-            since = now.since.copy()
-            since[v] = tables.never if since[v] == 0 else 0
-            one = tables.point(since)
-            work -= 2 * tables.touches
-            if one is not None and one.peak <= budget and one.cost < now.cost:
-                now, better = one, True
+            for since in tables.drops(now.since, [v]):
+                one = tables.point(since)
+                work -= 2 * tables.touches
+                if one is not None and one.peak <= budget and one.cost < now.cost:
+                    now, better = one, True
     return now
 
 
@@ -125,9 +122,7 @@ def _fit(
     costs = tables.prices(one.since, here)
     best: Point | None = None
     for u in here[np.argsort(costs, kind="stable")[:4]]:
-        for state in (0, tables.never):
-            other = one.since.copy()
-            other[u] = state
+        for other in tables.drops(one.since, [u]):
             found = tables.point(other)
             spent += 2 * tables.touches
             if found is not None and found.peak <= budget and found.cost < now.cost:
@@ -150,7 +145,7 @@ def shake(
     size = max(1.0, float(tables.arrays.size[tables.free].mean()))
     best = start.since.copy()
     seconds = anneal(
-        tables.arrays, start.since, tables.free, tables.last,
+        tables.arrays, start.since, tables.free, tables.several, tables.last,
         np.array([budget, kept], np.int64), scale, 4 * scale / size, steps, seed,
         tables.items, best,
     )  # fmt: skip

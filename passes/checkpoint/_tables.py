@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +17,7 @@ SAVED = -1
 
 @dataclass(frozen=True)
 class Point:
-    """A plan as the search sees it: one number a storage (see ``_kernel``), and its figures."""
+    """A plan as the search sees it: a number and a way a storage (see ``_kernel``); its figures."""
 
     since: Ints = field(repr=False)
     seconds: float
@@ -51,6 +51,8 @@ class Tables:
         self.sources = inside
         last = _last_reads(problem)
         self.free = np.array(sorted(v for v in inside - self.fixed if v in last), np.int64)
+        counts = np.diff(self.arrays.ways_at)
+        self.several = np.array([v for v in self.free if counts[v] > 1], np.int64)
         self.last = np.array([last.get(v, 0) for v in range(len(problem.sizes))], np.int64)
         self._items = np.empty(40 * (len(problem.forward) + self.never) + 1000, np.int64)
         self._figures = np.zeros(4, np.int64)
@@ -64,9 +66,23 @@ class Tables:
 
     def blank(self, kept: Iterable[int]) -> Ints:
         """The numbers of the plan that keeps ``kept`` and holds repeated values to their end."""
-        since = np.zeros(len(self.problem.sizes), np.int64)
+        since = np.concatenate((np.zeros_like(self.arrays.remake), self.arrays.remake))
         since[list({*kept, *self.fixed})] = SAVED
         return since
+
+    def drops(self, since: Ints, values: Sequence[int]) -> Iterator[Ints]:
+        """Plans like ``since`` that give up ``values``: held or not, one value in each way."""
+        ways: Sequence[int] = ()
+        if len(values) == 1:
+            v = int(values[0])
+            ways = self.arrays.ways[self.arrays.ways_at[v] : self.arrays.ways_at[v + 1]]
+        for way in ways if len(ways) > 1 else (None,):
+            for state in (0, self.never):
+                found = since.copy()
+                found[values] = state
+                if way is not None:
+                    found[len(self.problem.sizes) + v] = way
+                yield found
 
     def point(self, since: Ints) -> Point | None:
         """The figures of a plan; None where its order would grow beyond all reason."""
@@ -123,6 +139,7 @@ def _arrays(problem: RecomputeProblem) -> Arrays:
     remake[list(problem.maker)] = -1
     for s, index in problem.remakes.items():
         remake[s] = index
+    ways, ways_at = _flat([problem.ways.get(s, ()) for s in range(count)])
     stays = np.zeros(count, np.int64)
     stays[[s for s in problem.results if s in problem.maker]] = 1
     result = np.zeros(count, np.int64)
@@ -140,7 +157,7 @@ def _arrays(problem: RecomputeProblem) -> Arrays:
     b_makes, b_makes_at = _flat([list(c.makes) for c in problem.backward])
     ends, plain = _forward(problem, stays)
     return Arrays(
-        sizes, remake, stays, ends, plain, reads, reads_at, makes, makes_at,
+        sizes, remake, ways, ways_at, stays, ends, plain, reads, reads_at, makes, makes_at,
         np.array([a.workspace if a else 0 for a in again], np.int64),
         np.array([a.seconds if a else 0.0 for a in again], np.float64),
         b_reads, b_reads_at, b_makes, b_makes_at,

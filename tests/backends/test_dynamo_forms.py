@@ -52,7 +52,9 @@ def test_masks_and_places_are_kept_small_and_exactly(
     torch.manual_seed(0)
     model, x = kind(), torch.randn(shape)
     reference = copy.deepcopy(model)
-    run, options = compiled(model, memory_budget=budget)
+    # Pooling again takes several times as long as narrowing its places, which shapes do not tell.
+    costs = "measured" if form == "int16" else "estimated"
+    run, options = compiled(model, memory_budget=budget, costs=costs)
     expected, found = step(reference, reference, x), step(run, model, x)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
     (done,) = plans(options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from random import Random
 
@@ -41,6 +42,21 @@ def chain(length: int) -> RecomputeProblem:
     )
 
 
+def with_forms(problem: RecomputeProblem, seed: int) -> RecomputeProblem:
+    """The problem with smaller forms of some values: a second way to have them, or the only one."""
+    random = Random(seed)
+    sizes = list(problem.sizes)
+    forward = []
+    for index, call in enumerate(problem.forward):
+        forward.append(call)
+        if random.random() < 0.6:
+            form = len(sizes)
+            sizes.append(max(16, sizes[index] // 4))
+            back = Again((form,), (index,), random.randint(1, 5) / 10, random.choice([0, 32]))
+            forward.append(Call(f"s{index}", (index,), (form,), again=back, form="small"))
+    return replace(problem, sizes=tuple(sizes), forward=tuple(forward))
+
+
 def random_problem(seed: int, length: int = 7) -> RecomputeProblem:
     """A forward graph with skips, sizes and times at random; some calls cannot be repeated."""
     random = Random(seed)
@@ -74,9 +90,12 @@ def test_chains_reach_the_published_optimum(length: int, budget: int, seconds: f
         assert found.status == PlanStatus.OPTIMAL
 
 
+@pytest.mark.parametrize("forms", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_the_search_finds_what_the_exact_program_proves(seed: int) -> None:
+def test_the_search_finds_what_the_exact_program_proves(seed: int, forms: bool) -> None:
     problem = random_problem(seed)
+    if forms:
+        problem = with_forms(random_problem(seed, 5), seed)
     plain = plan(problem, 1 << 40, solver="greedy")
     budget = (2 * plain.least_peak + plain.figures.peak) // 3
     proved = solve_exactly(Tables(problem), budget, None, 20.0)
@@ -90,11 +109,12 @@ def test_the_search_finds_what_the_exact_program_proves(seed: int) -> None:
 @given(seed=st.integers(0, 10_000), data=st.data())
 @settings(max_examples=40)
 def test_the_compiled_replay_is_the_replay(seed: int, data: st.DataObject) -> None:
-    problem = random_problem(seed)
+    problem = with_forms(random_problem(seed), seed)
     tables = Tables(problem)
     since = tables.blank(())
     for v in tables.free:
         since[v] = data.draw(st.integers(-1 - tables.never, tables.never))
+        since[len(problem.sizes) + v] = data.draw(st.sampled_from(problem.ways[int(v)]))
     point = tables.point(since)
     assert point is not None
     figures = tables.draft(point).figures
