@@ -10,7 +10,7 @@ from mopt.errors import UsageError
 from mopt.formats import Encoded, Format, GridFormat
 from mopt.formats.half import Half
 from mopt.formats.int_blocks import IntBlocks
-from mopt.layers import Layer, is_returned
+from mopt.layers import Layer, find_layers, is_returned
 from mopt.pass_base import Numerics, Pass, PassContext, PassResult, option, register_pass
 from mopt.passes.quantize._calibrated import NEEDS_DATA, encode_on_data, grid_for
 from mopt.passes.quantize._weights import encode_layers, is_small
@@ -65,7 +65,7 @@ class QuantizeWeights(Pass):
         0,
         choices=(0, 4, 8, 16),
         help="bits of the layers whose result the model returns; 0: as bits; 16: float16 where "
-        "they are under a tenth of the weights, else as bits",
+        "they are under a tenth of the weights, else as bits; tables are left to other passes",
     )
     min_size: int = option(4096, min=0, help="leave layers with fewer weights alone")
 
@@ -98,10 +98,15 @@ class QuantizeWeights(Pass):
         of_heads = replace(wanted, width=(0 if in_half else self.head_bits) or self.bits)
         small = _SMALL_HEAD * program.original_size().bytes
 
+        tables = {layer.weight.target for layer in find_layers(program)
+                  if layer.kind == "embedding"}  # fmt: skip
+
         def choose(layer: Layer, weight: Tensor) -> Format | str:
             if layer.kind != "linear":
                 return f"only linear layers have a kernel for weights in groups, not {layer.kind}s"
             is_head = any(is_returned(call) for call in layer.calls)
+            if is_head and in_half and layer.weight.target in tables:
+                return "its weight is also a table: a pass that stores tables stores both as one"
             if is_head and in_half and weight.nbytes < small and not Half().range_reason(weight):
                 return is_small(layer, self.min_size) or Half()
             return is_small(layer, self.min_size) or (of_heads if is_head else wanted)

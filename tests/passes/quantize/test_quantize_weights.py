@@ -98,6 +98,9 @@ def test_small_heads_keep_sixteen_bits() -> None:
 
     assert formats(body=256, head=4) == {"body": "int4-g32", "head": "fp16"}
     assert formats(body=64, head=64) == {"body": "int4-g32", "head": "int4-g32"}
+    program = tiny.decoder(width=64).capture()
+    tied = quantized(program, head_bits=16, min_size=1)
+    assert any("also a table" in skip.reason for skip in tied.steps[-1].skipped)
     with pytest.raises(UsageError, match="no ranges"):
         make_pass("quantize-weights", {"ranges": "output", "head_bits": 16})
 
