@@ -38,7 +38,10 @@ from mopt.recompute import RecomputeProblem
 
 RESULTS = Path(__file__).parent / "results"
 SECONDS = 60.0
-HF = ("bert", "gpt2", "llama", "vit", "t5", "distilbert", "qwen2", "whisper")
+HF = (
+    "bert", "distilbert", "gpt2", "llama", "qwen2", "mixtral", "qwen2-moe", "t5", "bart", "whisper",
+    "vit", "clip", "swin", "convnext",
+)  # fmt: skip
 
 
 class _Found(Exception):
@@ -81,6 +84,23 @@ def _transformer(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
     if name == "vit":
         vit = hf.ViTConfig(hidden_size=96, intermediate_size=192, image_size=64)
         return hf.ViTModel(vit).eval(), (torch.zeros(1, 3, 64, 64),)
+    if name == "clip":
+        clip = hf.CLIPConfig(
+            text_config={"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 8,
+                         "vocab_size": 512, "eos_token_id": 2, "bos_token_id": 1},
+            vision_config={"hidden_size": 96, "intermediate_size": 192, "image_size": 64,
+                           "num_attention_heads": 8},
+        )  # fmt: skip
+        return hf.CLIPModel(clip).eval(), (tokens, torch.zeros(1, 3, 64, 64))
+    if name in ("swin", "convnext"):
+        image = {"swin": lambda: hf.SwinConfig(embed_dim=24, image_size=64, window_size=4),
+                 "convnext": lambda: hf.ConvNextConfig(hidden_sizes=[24, 48, 96, 192])}  # fmt: skip
+        return hf.AutoModel.from_config(image[name]()).eval(), (torch.zeros(1, 3, 64, 64),)
+    if name == "bart":
+        bart = hf.BartConfig(
+            d_model=96, encoder_ffn_dim=192, decoder_ffn_dim=192, vocab_size=512, use_cache=False
+        )
+        return hf.BartModel(bart).eval(), (tokens, None, tokens)
     if name == "whisper":
         whisper = hf.WhisperConfig(
             d_model=96, encoder_ffn_dim=192, decoder_ffn_dim=192, vocab_size=512,
@@ -99,6 +119,13 @@ def _transformer(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
         "llama": lambda: hf.LlamaConfig(
             hidden_size=96, intermediate_size=192, num_attention_heads=8, vocab_size=512,
             use_cache=False),
+        "mixtral": lambda: hf.MixtralConfig(
+            hidden_size=96, intermediate_size=192, num_attention_heads=8, num_key_value_heads=4,
+            num_hidden_layers=8, vocab_size=512, use_cache=False),
+        "qwen2-moe": lambda: hf.Qwen2MoeConfig(
+            hidden_size=96, intermediate_size=192, moe_intermediate_size=64,
+            shared_expert_intermediate_size=128, num_attention_heads=8, num_key_value_heads=4,
+            num_hidden_layers=8, num_experts=16, vocab_size=512, use_cache=False),
         "qwen2": lambda: hf.Qwen2Config(
             hidden_size=96, intermediate_size=192, num_attention_heads=8, num_key_value_heads=4,
             num_hidden_layers=24, vocab_size=512, use_cache=False),

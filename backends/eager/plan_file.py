@@ -52,27 +52,37 @@ class Spec:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a call writes its result, and how it is run so that it does."""
+    """Where a call writes its result, and how it is run so that it does.
 
-    offset: int
+    Without an ``offset`` the place is the memory of the buffer ``shares``, which lies beside the
+    arena, or without that memory of its own, made when the call runs.
+    """
+
+    offset: int | None
+    shares: str | None
     spec: Spec
     call: str
 
     def view_of(self, arena: Tensor) -> Tensor:
         """The result's tensor in the arena."""
+        assert self.offset is not None, "the result lies beside the arena"
         part = arena[self.offset : self.offset + self.spec.bytes]
         return part.view(self.spec.dtype).as_strided(self.spec.shape, self.spec.stride)
 
 
 @dataclass(frozen=True)
 class MemoryLayout:
-    """What an executor reads of a plan: by node name, but for ``inputs`` (None: no tensor)."""
+    """What an executor reads of a plan: by node name, but for ``inputs`` (None: no tensor).
+
+    ``lies_in`` is the buffer of every value that lies in one.
+    """
 
     arena_bytes: int
     beside_bytes: int
     places: Mapping[str, Place]
     calls: frozenset[str]
-    shapes: Mapping[str, tuple[int, ...]]
+    specs: Mapping[str, Spec]
+    lies_in: Mapping[str, str]
     inputs: tuple[Spec | None, ...]
     dynamic: bool
 
@@ -94,31 +104,45 @@ def read_layout(data: Any) -> MemoryLayout:
 def _read(data: dict[str, Any]) -> MemoryLayout:
     arena = _count(data["arena_bytes"])
     calls = {str(step["node"]): str(step["call"]) for step in data["steps"]}
-    offsets = {
-        str(row["id"]): _count(row["offset"]) for row in data["buffers"] if row["where"] == "arena"
-    }
-    specs, places = {}, {}
+    rows = {str(row["id"]): row for row in data["buffers"]}
+    specs, places, lies_in = {}, {}, {}
     for name, views in data["values"].items():
         if len(views) == 1:
             specs[name] = _spec(views[0])
-        if name in offsets:
-            places[name] = _place(name, offsets[name], specs[name], calls[name], arena)
+            lies_in[name] = str(views[0]["buffer"])
+        if name in rows and name in calls:
+            place = _place(name, rows, specs, calls[name], arena)
+            places.update({} if place is None else {name: place})
     inputs = tuple(
         None if name is None else _spec(data["values"][name][0]) for name in data["inputs"]
     )
-    shapes = {name: spec.shape for name, spec in specs.items()}
     return MemoryLayout(
-        arena, _count(data["beside_bytes"]), places, frozenset(calls), shapes, inputs,
+        arena, _count(data["beside_bytes"]), places, frozenset(calls), specs, lies_in, inputs,
         data["dynamic"] is True,
     )  # fmt: skip
 
 
-def _place(name: str, offset: int, spec: Spec, call: str, arena: int) -> Place:
-    if call not in WAYS:
+def _place(
+    name: str, rows: Mapping[str, Any], specs: Mapping[str, Spec], call: str, arena: int
+) -> Place | None:
+    """Where a call writes; None for a result beside the arena that the call allocates itself."""
+    row = rows[name]
+    inside = row["where"] == "arena"
+    if call not in WAYS and (inside or call):
         raise ValueError(f"{quote(name)} is run by {quote(call)}, which is no known way")
+    if not call:
+        return None
+    spec = specs[name]
+    if not inside:
+        shares = row["shares"]
+        # Only what a call of this plan allocates may be written over.
+        if shares is not None and rows[shares]["where"] != "beside":
+            raise ValueError(f"{quote(name)} is to be written over {quote(shares)}")
+        return Place(None, shares, spec, call)
+    offset = _count(row["offset"])
     if offset + spec.bytes > arena or offset % spec.dtype.itemsize:
         raise ValueError(f"{quote(name)} at {offset} does not fit in {arena} bytes")
-    return Place(offset, spec, call)
+    return Place(offset, None, spec, call)
 
 
 def _spec(view: Mapping[str, Any]) -> Spec:

@@ -2,6 +2,7 @@
 
 Results that lie in the arena are tensors made once, when the graph is loaded; what only looks at
 them is evaluated then, too. A run calls the operators that compute, each writing to its place.
+Results beside the arena are allocated in every run, or lie where an input did.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, fx
 from mopt.backends.eager.out_calls import WAYS
 from mopt.backends.eager.plan_file import MemoryLayout, Place
 from mopt.effects import is_pure
+from mopt.errors import ArtifactError, quote
 
 
 class PlannedGraph:
@@ -129,16 +131,40 @@ class _Builder:
         way = WAYS[place.call]
         run = way.prepare(node.target)  # type: ignore[arg-type]
         assert run is not None, place.call
-        out = place.view_of(self.arena)
+        out = self._out(node, place)
         args: tuple[Any, ...] = node.args
         if way.pack is not None:
             assert isinstance(args[0], fx.Node)
-            like = torch.empty(self.layout.shapes[self.names[args[0]]], device="meta")
+            shape = self.layout.specs[self.names[args[0]]].shape
+            like = torch.empty(shape, device="meta")
             packed = way.pack(like, *self._values(args[1:]))
             args = (args[0], *map(_Const, packed[1:]))
             self._forget(node.args[way.packed_argument])
-        self.lines.append(self._line(run, (_Const(out), *args), node.kwargs))
-        self.known[node] = _Const(out)
+        self.lines.append(self._line(run, (out, *args), node.kwargs))
+        self.known[node] = out
+
+    def _out(self, node: fx.Node, place: Place) -> _Const | _Var:
+        """The tensor a call writes to: in the arena, over an input that nobody needs any more, or
+        new in every run."""
+        if place.offset is not None:
+            return _Const(place.view_of(self.arena))
+        if place.shares is not None:
+            for source in node.all_input_nodes:
+                name = self.names[source]
+                if self.layout.lies_in.get(name) == place.shares and isinstance(
+                    known := self.known[source], _Var
+                ) and self.layout.specs[name] == place.spec:  # fmt: skip
+                    return known
+            raise ArtifactError(
+                f"malformed memory plan: {quote(self.names[node])} is to be written over "
+                f"{quote(place.shares)}, which it does not read in the same form",
+                code="malformed-plan",
+            )
+        new = _Var(f"v{len(self.known)}")
+        spec = place.spec
+        empty = self._line(torch.empty_strided, (spec.shape, spec.stride), {"dtype": spec.dtype})
+        self.lines.append(f"{new.name} = {empty}")
+        return new
 
     def _forget(self, weight: Any) -> None:
         """Give up a weight that only this call reads, now that it is kept in another layout."""

@@ -161,7 +161,7 @@ def forced_bound(problem: OrderProblem) -> int:
     A storage is alive while ``v`` runs, whatever the order, if its maker is ``v`` or must run
     before it, and one of its touchers is ``v`` or must run after it. Where an operator that may run
     before or after ``v`` turns a storage made before it into one touched after it, perhaps through
-    others, one of them is alive: the smallest counts.
+    others, one of them is alive: the smallest counts. Whatever runs last sees all that is kept.
     """
     count = problem.count
     earlier, later = ancestors(problem), descendants(problem)
@@ -185,7 +185,19 @@ def forced_bound(problem: OrderProblem) -> int:
     for s in made:
         for chain, alive in _chains(problem, s, made[s], needed, counted):
             total += min(problem.sizes[link] for link in chain) * _positions(alive, count)
-    return int(total.max(initial=0))
+    return max(int(total.max(initial=0)), _bound_at_end(problem))
+
+
+def _bound_at_end(problem: OrderProblem) -> int:
+    """What is kept until the end, and what the operator that runs last needs besides."""
+    kept = sum(problem.sizes[s] for s in problem.kept)
+    last = [
+        sum(problem.sizes[s] for s in problem.touches[v] if s not in problem.kept)
+        + problem.needs(v)
+        - max((problem.sizes[s] for s in problem.may_take(v)), default=0)
+        for v in range(problem.count) if not problem.after[v]
+    ]  # fmt: skip
+    return kept + max(min(last, default=0), 0)
 
 
 def _chains(

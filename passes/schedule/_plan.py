@@ -84,7 +84,7 @@ def _beside(live: Liveness, order: list[int], facts: Mapping[str, CallFacts] | N
         live.problem,
         order,
         never_placed=frozenset(never),
-        placed_workspace=[f.placed_bytes if f.call else f.plain_bytes for f in known],
+        placed_workspace=[f.placed_bytes if f.call else None for f in known],
         plain_workspace=[f.plain_bytes for f in known],
     )
 
@@ -165,15 +165,7 @@ def _data(
             n.name if isinstance(n.meta.get("val"), Tensor) else None
             for n in live.program.graph.nodes if n.op == "placeholder"
         ],
-        "steps": [
-            {
-                "node": node.name,
-                "call": facts[node.name].call if node.name in facts else "",
-                "workspace_bytes": live.problem.needs(v),
-            }
-            for v in order
-            for node in (live.calls[v],)
-        ],
+        "steps": _step_rows(live, order, beside, facts),
         "buffers": _buffer_rows(live, order, beside, problem, layout),
         "values": {
             node.name: [
@@ -193,6 +185,24 @@ def _data(
     }  # fmt: skip
 
 
+def _step_rows(
+    live: Liveness, order: list[int], beside: Beside, facts: Mapping[str, CallFacts]
+) -> list[dict[str, Any]]:
+    """The calls in order, each with the way it is run in given memory ("" where it is not)."""
+    taken = lifetimes(live.problem, order, beside.storages).taken
+    rows = []
+    for v in order:
+        fact = facts.get(live.calls[v].name, CallFacts())
+        made = live.problem.makes[v]
+        is_free = set(made) <= beside.storages and not set(made) & set(taken)
+        is_plain = not fact.call or (is_free and fact.plain_bytes <= fact.placed_bytes)
+        rows.append({
+            "node": live.calls[v].name, "call": "" if is_plain else fact.call,
+            "workspace_bytes": fact.plain_bytes if is_plain else fact.placed_bytes,
+        })  # fmt: skip
+    return rows
+
+
 def _buffer_rows(
     live: Liveness, order: list[int], beside: Beside, problem: MemoryProblem, layout: MemoryPlan
 ) -> list[dict[str, Any]]:
@@ -208,7 +218,8 @@ def _buffer_rows(
         {
             "id": buffer_id(live, s), "where": "beside", "offset": None,
             "bytes": live.trace.storages[s].bytes,
-            "lower": times.lower[s], "upper": times.upper[s], "shares": None,
+            "lower": times.lower[s], "upper": times.upper[s],
+            "shares": buffer_id(live, times.taken[s]) if s in times.taken else None,
         }
         for s in sorted(beside.storages & set(times.lower))
     ]  # fmt: skip

@@ -2,8 +2,8 @@
 
 What a run needs is the arena, which is there all the time, plus the most that is allocated beside
 it at one moment: workspaces of calls, results handed to the caller, and results kept out of the
-arena. Results move out where there is room beside the arena anyway, because a larger call needs
-it at another time; how much room is worth having is tried out.
+arena. With everything beside the arena that is the peak of the order, and no division needs less;
+where the fewest results beside it need more, as many as possible come back into the arena.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pulp
 from numpy.typing import NDArray
 
 from mopt.passes.schedule._order_problem import OrderProblem, Run
 
 Ints = NDArray[np.int64]
-_LEVELS = 32
+Bools = NDArray[np.bool_]
+# Of the integer program: chains of less than this part of all bytes are left out of it, how near to
+# the largest arena is enough, and when it gives up.
+_SMALL, _NEAR, _NODES, _SECONDS = 500, 0.02, 2000, 10.0
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,10 @@ class Lifetimes:
 
 
 def lifetimes(problem: OrderProblem, order: Sequence[int], outside: Iterable[int]) -> Lifetimes:
-    """When storages live if calls run in this order; those ``outside`` are no place to reuse.
+    """When storages live if calls run in this order.
 
-    ``taken`` says for a storage whose memory it takes over.
+    ``taken`` says for a storage whose memory it takes over: both lie in the arena, or both are
+    ``outside``.
     """
     lower, upper, taken = {}, {}, {}
     away = set(outside)
@@ -43,7 +48,7 @@ def lifetimes(problem: OrderProblem, order: Sequence[int], outside: Iterable[int
         for s in problem.makes[v]:
             lower[s] = position
         source = run.taken_storage(v)
-        if source is not None and source not in away and problem.makes[v][0] not in away:
+        if source is not None and (source in away) == (problem.makes[v][0] in away):
             taken[problem.makes[v][0]] = source
         run.run(v)
     for s in problem.kept:
@@ -64,98 +69,144 @@ def split(
     order: Sequence[int],
     *,
     never_placed: frozenset[int],
-    placed_workspace: Sequence[int],
+    placed_workspace: Sequence[int | None],
     plain_workspace: Sequence[int],
 ) -> Beside:
-    """The division with the least arena load plus peak beside it.
+    """The division with the least arena load plus peak beside it, and few results beside it.
 
     ``never_placed`` cannot lie in the arena: results of the program and of calls that allocate by
-    themselves. Workspaces are given by operator for a placed result and for an allocated one.
+    themselves. Workspaces are given by operator: for a result in given memory (None where it
+    cannot be), and for one that the operator allocates.
     """
-    best: tuple[int, int, Beside] | None = None
-    least = _Division(problem, order, never_placed, placed_workspace, plain_workspace)
-    everything = _Division(
-        problem, order, frozenset(lifetimes(problem, order, ()).lower), placed_workspace,
-        plain_workspace,
-    )  # fmt: skip
-    low, high = int(least.beside.max(initial=0)), int(everything.beside.max(initial=0))
-    levels = sorted({low, high, *np.linspace(min(low, high), max(low, high), _LEVELS, dtype=int)})
-    for level in map(int, levels):
-        division = least.copy()
-        division.move_out(level)
-        for found in (division, everything) if level == high else (division,):
-            total = found.arena_load() + found.peak
-            entry = (total, len(found.away), Beside(frozenset(found.away), found.peak))
-            if best is None or entry[:2] < best[:2]:
-                best = entry
-    assert best is not None
-    return best[2]
+    division = _Division(problem, order, placed_workspace, plain_workspace)
+    least = np.array([s in never_placed for s in division.storages], bool)
+    everything = np.ones(len(least), bool)
+    goal = division.total(everything)
+    if not len(least) or division.total(least) <= goal:
+        return division.beside(least)
+    away = _largest_arena(division, least, goal, everything)
+    for group in division.chains(least):
+        trial = away.copy()
+        trial[group] = False
+        if away[group].any() and division.total(trial) <= goal:
+            away = trial
+    return division.beside(away)
+
+
+def _largest_arena(division: _Division, fixed: Bools, goal: int, everything: Bools) -> Bools:
+    """What lies beside the arena where most of the rest lies in it and ``goal`` bytes are enough.
+
+    An integer program over chains of storages; small ones stay beside. Rows are in shares of
+    ``goal``. Gives ``everything`` where the solver finds nothing better.
+    """
+    chains = [group for group in division.chains(fixed, alone=False)
+              if division.size[group].max() * _SMALL > goal]  # fmt: skip
+    lp = pulp.LpProblem("arena", pulp.LpMaximize)
+    arena = lp.add_variable("arena", 0, 1)
+    inside = [lp.add_variable(f"in{k}", cat=pulp.LpBinary) for k in range(len(chains))]
+    lp += pulp.lpSum(
+        x * float(division.bytes_by_time(group)) / goal / division.length
+        for x, group in zip(inside, chains, strict=True)
+    )
+    there, gone = [], []
+    beside = division.load(everything, inside=False)
+    for group in chains:
+        trial = everything.copy()
+        trial[group] = False
+        there.append(division.load(trial, inside=True))
+        gone.append(division.load(trial, inside=False) - beside)
+    for columns, least in ((there, 0), (gone, beside)):
+        rows = np.unique(np.array([*columns, least + np.zeros_like(beside)]).T, axis=0)
+        for *parts, base in rows.tolist():
+            load = pulp.lpSum(
+                x * (part / goal) for x, part in zip(inside, parts, strict=True) if part
+            )
+            if columns is there:
+                lp += load <= arena
+            else:
+                lp += load + arena <= 1 - base / goal
+    lp.solve(pulp.HiGHS(
+        msg=False, threads=1, random_seed=0, gapRel=_NEAR, timeLimit=_SECONDS, mip_max_nodes=_NODES,
+        primal_feasibility_tolerance=1e-9, mip_feasibility_tolerance=1e-9,
+    ))  # fmt: skip
+    found = everything.copy()
+    if lp.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
+        for x, group in zip(inside, chains, strict=True):
+            found[group] = (x.value() or 0.0) < 0.5
+    return found if division.total(found) <= goal else everything
 
 
 class _Division:
-    """Bytes beside the arena at every position, for a set of storages outside of it."""
+    """Bytes in the arena and beside it at every position, for any set of storages beside it."""
 
     def __init__(
         self,
         problem: OrderProblem,
         order: Sequence[int],
-        away: frozenset[int],
-        placed_workspace: Sequence[int],
+        placed_workspace: Sequence[int | None],
         plain_workspace: Sequence[int],
     ) -> None:
-        self.problem, self.order = problem, list(order)
-        self.placed, self.plain = placed_workspace, plain_workspace
-        self.times = lifetimes(problem, order, away)
-        self.away: set[int] = set()
-        self.position = {v: i for i, v in enumerate(order)}
-        self.maker = {s: v for v in order for s in problem.makes[v]}
-        self.beside = np.array([placed_workspace[v] for v in order], np.int64)
-        for s in sorted(away):
-            if s in self.maker:
-                self._put_out(s)
+        times = lifetimes(problem, order, ())
+        self.length = len(order)
+        self.storages = sorted(times.lower)
+        index = {s: k for k, s in enumerate(self.storages)}
+        self.size = _ints(problem.sizes[s] for s in self.storages)
+        self.lower = _ints(times.lower[s] for s in self.storages)
+        self.upper = _ints(times.upper[s] for s in self.storages)
+        # Where a storage takes over another's memory, that one; else itself.
+        self.source = _ints(index[times.taken.get(s, s)] for s in self.storages)
+        placed = [plain_workspace[v] if placed_workspace[v] is None else placed_workspace[v]
+                  for v in order]  # fmt: skip
+        self.placed = _ints(int(b or 0) for b in placed)
+        self.plain = _ints(plain_workspace[v] for v in order)
 
-    def copy(self) -> _Division:
-        new = _Division.__new__(_Division)
-        new.__dict__.update(self.__dict__)
-        new.away, new.beside = set(self.away), self.beside.copy()
-        return new
+    def total(self, away: Bools) -> int:
+        """Bytes of the arena and beside it."""
+        return sum(int(self.load(away, inside=side).max(initial=0)) for side in (True, False))
 
-    @property
-    def peak(self) -> int:
-        return int(self.beside.max(initial=0))
+    def beside(self, away: Bools) -> Beside:
+        """The division as it is used."""
+        chosen = frozenset(s for s, out in zip(self.storages, away, strict=True) if out)
+        return Beside(chosen, int(self.load(away, inside=False).max(initial=0)))
 
-    def _change(self, s: int) -> tuple[int, int, int]:
-        """First position, the one after the last, and the workspace that changes at the first."""
-        v = self.maker[s]
-        return self.times.lower[s], self.times.upper[s], self.plain[v] - self.placed[v]
+    def chains(self, fixed: Bools, *, alone: bool = True) -> list[Ints]:
+        """Storages that take over each other's memory, none of them ``fixed``: those that take
+        most bytes for most steps first, and then, if asked for, their members ``alone``."""
+        root = np.where(fixed[self.source], np.arange(len(fixed)), self.source)
+        while (root != root[root]).any():
+            root = root[root]
+        groups: dict[int, list[int]] = {}
+        for k in range(len(root)):
+            if not fixed[k]:
+                groups.setdefault(int(root[k]), []).append(k)
+        ranked = sorted(groups.values(), key=lambda g: (-self.bytes_by_time(_ints(g)), g[0]))
+        members = [[k] for group in ranked if len(group) > 1 for k in group] if alone else []
+        return [_ints(group) for group in (*ranked, *members) if self.size[group].any()]
 
-    def _put_out(self, s: int) -> None:
-        lower, upper, change = self._change(s)
-        self.away.add(s)
-        self.beside[lower:upper] += self.problem.sizes[s]
-        if set(self.problem.makes[self.maker[s]]) <= self.away:
-            self.beside[lower] += change
+    def bytes_by_time(self, group: Ints) -> int:
+        """Bytes times steps that some storages need."""
+        return int((self.size[group] * (self.upper - self.lower)[group]).sum())
 
-    def move_out(self, level: int) -> None:
-        """Take results out, large ones first, while no more than ``level`` is needed at once."""
-        ranked = sorted(self.maker, key=lambda s: (-self.problem.sizes[s], s))
-        for s in ranked:
-            if s in self.away or not self.problem.sizes[s]:
-                continue
-            lower, upper, change = self._change(s)
-            trial = self.beside[lower:upper] + self.problem.sizes[s]
-            trial[0] += change
-            if trial.max() <= level:
-                self._put_out(s)
+    def load(self, away: Bools, *, inside: bool) -> Ints:
+        """Bytes alive at every position in the arena, or beside it with the workspaces."""
+        side = ~away if inside else away
+        takes = (away[self.source] == away) & (self.source != np.arange(len(away)))
+        # Memory that is taken over counts as the source's while both are alive.
+        first = self.lower + takes
+        change = np.zeros(self.length + 2, np.int64)
+        np.add.at(change, first[side], self.size[side])
+        np.add.at(change, self.upper[side], -self.size[side])
+        load = np.cumsum(change)[: self.length]
+        if not inside:
+            load += self._workspace(away, takes)
+        return load
 
-    def arena_load(self) -> int:
-        """The most bytes alive in the arena, memory that is taken over counted once."""
-        times = lifetimes(self.problem, self.order, self.away)
-        load = np.zeros(len(self.order) + 1, np.int64)
-        for s, lower in times.lower.items():
-            if s in self.away:
-                continue
-            first = lower + 1 if s in times.taken else lower
-            load[first] += self.problem.sizes[s]
-            load[times.upper[s]] -= self.problem.sizes[s]
-        return int(np.cumsum(load).max(initial=0))
+    def _workspace(self, away: Bools, takes: Bools) -> Ints:
+        """Of every call: a result beside the arena is made in whichever way needs less."""
+        free = np.zeros(self.length, bool)
+        free[self.lower[away & ~takes]] = True
+        return np.where(free, np.minimum(self.placed, self.plain), self.placed)
+
+
+def _ints(values: Iterable[int]) -> Ints:
+    return np.array(list(values), np.int64)
