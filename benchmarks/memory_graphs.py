@@ -2,8 +2,9 @@
 
     python -m benchmarks.memory_graphs [--models unet2d,hf:gpt2] [--joint] [--write]
 
-Without ``--joint`` the inference graphs of the zoo (arena plans, 60 s at most); with it the joint
-forward and backward graphs of AOTAutograd, weights, inputs and gradients coming in not counted.
+Without ``--joint`` the inference graphs (arena plans, 60 s at most), simplified as every compile
+does; with it the joint forward and backward graphs of AOTAutograd, weights, inputs and gradients
+coming in not counted.
 ``hf:`` models are transformers' architectures with all their layers in small widths and random
 weights: the graphs are those of the full models, the bytes are not. Offsets are checked.
 """
@@ -24,6 +25,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils import _pytree as pytree
 
 from mopt.call_cost import estimate
+from mopt.driver import BASELINE
 from mopt.frontend import capture
 from mopt.joint_graph import read_joint
 from mopt.memory import Buffer, MemoryProblem
@@ -34,6 +36,8 @@ from mopt.passes.schedule._order_problem import OrderProblem
 from mopt.passes.schedule._plan import plan_program
 from mopt.passes.schedule._split import lifetimes
 from mopt.passes.schedule.offsets import place
+from mopt.pipeline import Pipeline
+from mopt.recipe import Recipe
 from mopt.recompute import RecomputeProblem
 
 RESULTS = Path(__file__).parent / "results"
@@ -135,7 +139,7 @@ def _transformer(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
 
 def _inference(name: str) -> dict[str, Any]:
     module, inputs = _model(name)
-    program = capture(module, inputs, None)
+    program = Pipeline(Recipe.load(BASELINE).passes()).run(capture(module, inputs, None))
     started = time.monotonic()
     found = plan_program(program, time_limit=SECONDS)
     took = time.monotonic() - started

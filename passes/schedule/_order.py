@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from mopt.passes.schedule._order_branch import branch
 from mopt.passes.schedule._order_greedy import candidates
 from mopt.passes.schedule._order_problem import (
     OrderProblem,
@@ -20,6 +21,8 @@ from mopt.passes.schedule._order_search import search
 
 # Operators of a stretch that is searched again around the peak, smaller ones first.
 _WINDOWS = (16, 32, 64)
+# How near to the bound ends the search that decides one thing after another.
+_NEAR = 0.0005
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ def best_order(problem: OrderProblem, time_limit: float = 10.0) -> OrderResult:
     """The order with the least peak found in ``time_limit`` seconds, or the present one.
 
     Every rule is tried; what they leave above the forced-live bound is searched exactly between
-    operators that every order runs at one place, and else in windows around the peak.
+    operators that every order runs at one place, else in windows around the peak, and what is left
+    then by deciding one thing after another about what is alive there, which also raises the bound.
     """
     started = time.monotonic()
     deadline = started + time_limit
@@ -62,6 +66,9 @@ def best_order(problem: OrderProblem, time_limit: float = 10.0) -> OrderResult:
     if peak_of(problem, best)[0] > bound:
         improved = _search_windows(problem, best, bound, deadline)
         best, rule = _if_better(problem, improved, best, rule, "search")
+    if peak_of(problem, best)[0] > bound * (1 + _NEAR) and time.monotonic() < deadline:
+        decided, bound = branch(problem, best, bound, deadline)
+        best, rule = _if_better(problem, decided, best, rule, "search")
     peak = peak_of(problem, best)[0]
     return OrderResult(
         best, peak, input_peak, min(bound, peak), rule,

@@ -158,10 +158,21 @@ def descendants(problem: OrderProblem) -> list[int]:
 def forced_bound(problem: OrderProblem) -> int:
     """Bytes that some operator sees alive in every order: no order has a lower peak.
 
+    Whatever runs last sees all that is kept. For the rest see :func:`forced_live`.
+    """
+    return max(int(forced_live(problem)[0].max(initial=0)), _bound_at_end(problem))
+
+
+def forced_live(
+    problem: OrderProblem, longest: int = _LONGEST
+) -> tuple[NDArray[np.int64], dict[int, int]]:
+    """For each operator the bytes it sees alive in every order; for each storage the operators,
+    as a bit set, for which it was counted.
+
     A storage is alive while ``v`` runs, whatever the order, if its maker is ``v`` or must run
     before it, and one of its touchers is ``v`` or must run after it. Where an operator that may run
     before or after ``v`` turns a storage made before it into one touched after it, perhaps through
-    others, one of them is alive: the smallest counts. Whatever runs last sees all that is kept.
+    others, one of them is alive: the smallest counts. ``longest`` storages in a row are looked at.
     """
     count = problem.count
     earlier, later = ancestors(problem), descendants(problem)
@@ -183,9 +194,9 @@ def forced_bound(problem: OrderProblem) -> int:
     # Every storage counts once for an operator: what it has counted for so far.
     counted = {s: made[s] & needed[s] for s in made}
     for s in made:
-        for chain, alive in _chains(problem, s, made[s], needed, counted):
+        for chain, alive in _chains(problem, s, made[s], needed, counted, longest):
             total += min(problem.sizes[link] for link in chain) * _positions(alive, count)
-    return max(int(total.max(initial=0)), _bound_at_end(problem))
+    return total, counted
 
 
 def _bound_at_end(problem: OrderProblem) -> int:
@@ -201,13 +212,20 @@ def _bound_at_end(problem: OrderProblem) -> int:
 
 
 def _chains(
-    problem: OrderProblem, first: int, made: int, needed: Mapping[int, int], counted: dict[int, int]
+    problem: OrderProblem,
+    first: int,
+    made: int,
+    needed: Mapping[int, int],
+    counted: dict[int, int],
+    longest: int,
 ) -> Iterator[tuple[tuple[int, ...], int]]:
     """Storages each made from the one before, and the operators that see one of them alive.
 
     These run after the first is made and before the last is touched last, in every order; whoever
     has run of the operators between, the result of the last of these is alive.
     """
+    if longest < 2:
+        return
     stack: list[tuple[tuple[int, ...], int]] = [((first,), made & ~counted[first])]
     while stack:
         chain, open_to = stack.pop()
@@ -227,7 +245,7 @@ def _chains(
                     for link in longer:
                         counted[link] |= alive
                     open_here &= ~alive
-                if open_here and len(longer) < _LONGEST:
+                if open_here and len(longer) < longest:
                     stack.append((longer, open_here))
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mopt.passes.schedule._order import best_order
+from mopt.passes.schedule._order_branch import branch
 from mopt.passes.schedule._order_greedy import candidates
 from mopt.passes.schedule._order_problem import (
     OrderProblem,
@@ -86,6 +88,43 @@ def test_search_finds_what_trying_everything_finds(problem: OrderProblem) -> Non
     assert result.peak <= result.input_peak
 
 
+@settings(max_examples=60)
+@given(problems())
+def test_deciding_what_is_alive_ends_at_the_least_peak(problem: OrderProblem) -> None:
+    given_order = list(range(problem.count))
+    start, least = forced_bound(problem), least_peak(problem)
+    order, bound = branch(problem, given_order, start, time.monotonic() + 60)
+    assert is_order(problem, order)
+    peak = peak_of(problem, order)[0]
+    assert start <= bound <= least <= peak <= peak_of(problem, given_order)[0]
+
+
+def test_deciding_proves_what_forced_values_do_not() -> None:
+    proved = forced = 0
+    for seed in range(30):
+        rng = random.Random(seed)
+        edges = [
+            (u, v)
+            for v in range(1, 9)
+            for u in rng.sample(range(v), min(v, rng.choice([0, 1, 1, 2])))
+        ]
+        problem = graph(edges, [rng.randint(1, 9) for _ in range(9)])
+        low, least = forced_bound(problem), least_peak(problem)
+        forced += low == least
+        order, bound = branch(problem, list(range(9)), low, time.monotonic() + 60)
+        proved += bound == least == peak_of(problem, order)[0]
+    assert forced < proved == 30
+
+
+def test_kept_results_bound_every_order() -> None:
+    problem = graph([(0, 1), (0, 2)], [5, 4, 3])
+    kept = OrderProblem(
+        problem.before, problem.makes, problem.touches, problem.sizes, frozenset({1, 2})
+    )
+    # The last of the two sees the other one and what both read.
+    assert forced_bound(kept) == 12 == least_peak(kept)
+
+
 def test_one_of_a_chain_is_alive_in_every_order() -> None:
     # 1 turns the 10 bytes of 0 into 6, before or after 2 and 3: 6 are alive beside their 21.
     chain = OrderProblem(
@@ -122,7 +161,7 @@ def test_known_optima() -> None:
         tree += [(u, number + k) for k, pair in enumerate(pairs) for u in pair]
         level = list(range(number, number + len(pairs)))
         number += len(pairs)
-    assert best_order(graph(tree, [1] * number)).peak == depth + 2
+    assert best_order(graph(tree, [1] * number), 0.5).peak == depth + 2
 
 
 @pytest.mark.parametrize(("count", "width"), [(20, 6), (30, 6), (45, 5)])
