@@ -9,15 +9,24 @@ from dataclasses import replace
 
 import numpy as np
 
+from mopt.cost import Work
 from mopt.cost_models.families import families
 from mopt.cost_models.family import Family
 from mopt.cost_models.fit import fit_family, point_noise
+from mopt.cost_models.handover import Piece, fit_handover, plan_pieces
 from mopt.cost_models.host import class_profile
-from mopt.cost_models.probe import ProbeRun, Sample, plan_probes, run_probes
+from mopt.cost_models.probe import (
+    Probe,
+    ProbeRun,
+    Sample,
+    plan_copies,
+    plan_probes,
+    run_probes,
+)
 from mopt.cost_models.roofline import Roofline, arithmetic
 from mopt.cost_models.runtime import runtime_version, session_settings
 from mopt.device import DeviceProfile, Source
-from mopt.device_calibration import Calibration, FamilyFit, Point, Rates
+from mopt.device_calibration import Calibration, FamilyFit, Handover, Point, Rates
 from mopt.errors import LimitError
 from mopt.machine import machine_fingerprint
 from mopt.pass_base import Progress
@@ -28,6 +37,8 @@ _SECONDS_PER_TIMING = 0.055
 # Below that a calibration takes each timing once.
 _BRIEF_SECONDS = 60.0
 _ROUNDS = 2
+# A piece of a network takes as long as so many operators.
+_PIECE_COST = 6
 _LEAST_POINTS = 3
 _SOURCE = "calibration"
 
@@ -50,10 +61,14 @@ def calibrate(
     rounds = 1 if seconds < _BRIEF_SECONDS else _ROUNDS
     # Fitting takes time as well.
     timing = 0.9 * seconds
-    probes = plan_probes(round(timing / rounds / _SECONDS_PER_TIMING), roofline, names)
+    pieces = plan_pieces() if names is None and rounds > 1 else []
+    parts = _operators(pieces, roofline)
+    count = round(timing / rounds / _SECONDS_PER_TIMING) - len(parts) - _PIECE_COST * len(pieces)
+    probes = plan_probes(count, roofline, names)
     load = os.getloadavg()[0]
     run = run_probes(
-        probes, seconds=timing, rounds=rounds, threads=threads,
+        [*(piece.probe for piece in pieces), *parts, *probes],
+        seconds=timing, rounds=rounds, threads=threads,
         progress=lambda done, total: progress.step(done, total, "timings"),
     )  # fmt: skip
     fits, errors = _fit_all(base, run)
@@ -73,6 +88,7 @@ def calibrate(
         quiet=round(run.quiet, 4),
         node_us=round(run.tap_us, 3),
         call=run.call,
+        handover=_handover(pieces, run, roofline),
         median_error=round(float(np.median(errors)), 4) if errors else 1.0,
         error_90=round(float(np.quantile(errors, 0.9)), 4) if errors else 1.0,
         machine={**machine_fingerprint(threads), "session": session_settings()},
@@ -81,12 +97,44 @@ def calibrate(
     return _measured_profile(base, calibration, run)
 
 
+def _operators(pieces: Sequence[Piece], roofline: Roofline) -> list[Probe]:
+    """The operators of pieces, each once, to be timed by themselves."""
+    found = {
+        (work.variant, work.shape)
+        for piece in pieces for work in piece.works if work.variant in families()
+    }  # fmt: skip
+    return [
+        Probe(name, dims, plan_copies(families()[name], dims, roofline))
+        for name, dims in sorted(found)
+    ]
+
+
+def _handover(pieces: Sequence[Piece], run: ProbeRun, roofline: Roofline) -> Handover:
+    times = {(s.family, s.dims): s.microseconds for s in run.samples if s.is_quiet}
+
+    def time_of(work: Work) -> float:
+        if work.kind == "free":
+            return run.tap_us
+        known = times.get((work.variant, work.shape))
+        return 1e3 * roofline.cost(work).milliseconds if known is None else known
+
+    timed = [
+        (piece, times[piece.probe.family, piece.probe.dims] * piece.probe.copies)
+        for piece in pieces
+        if (piece.probe.family, piece.probe.dims) in times
+        and all((w.variant, w.shape) in times for w in piece.works if w.kind != "free")
+    ]
+    return fit_handover([piece for piece, _ in timed], [t for _, t in timed], time_of)
+
+
 def _fit_all(base: DeviceProfile, run: ProbeRun) -> tuple[list[FamilyFit], list[float]]:
     by_family: dict[str, list[Sample]] = {}
     for sample in run.samples:
         by_family.setdefault(sample.family, []).append(sample)
     fits, errors = [], []
     for name, samples in sorted(by_family.items()):
+        if name not in families():  # a piece of a network
+            continue
         quiet = [sample for sample in samples if sample.is_quiet]
         # Timings on a busy machine are too long more often than not: better few good ones.
         kept = quiet if len(quiet) >= max(_LEAST_POINTS, len(samples) // 2) else samples

@@ -59,4 +59,5 @@ class MeasuredModel(SerialModel):
         """See ``mopt.cost.CostModel``."""
         from mopt.cost_models.model_cost import model_cost
 
-        return model_cost(self, model, inputs, sizes, call=self.calibration.call)
+        known = self.calibration
+        return model_cost(self, model, inputs, sizes, call=known.call, handover=known.handover)

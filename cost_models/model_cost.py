@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from os import PathLike
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ from mopt.cost import Cost, ModelCost, NodeCost, Work, combine
 from mopt.cost_models.executed import ExecutedModel, ExecutedNode, executed_model
 from mopt.cost_models.families import families
 from mopt.cost_models.node_work import operation_of
-from mopt.device_calibration import CallOverhead
+from mopt.device_calibration import CallOverhead, Handover
 
 # A weight's name starts with the path of the layer it belongs to.
 _WEIGHT = re.compile(r"(.+)\.(weight|bias|weight_ih|weight_hh)[^.]*")
@@ -28,19 +29,26 @@ def model_cost(
     sizes: Mapping[str, int] | None = None,
     *,
     call: CallOverhead | None = None,
+    handover: Handover | None = None,
 ) -> ModelCost:
     """See ``mopt.cost.CostModel.model_cost``; ``costs`` knows single operators."""
-    return executed_cost(costs, executed_model(model, inputs, sizes), call or CallOverhead())
+    executed = executed_model(model, inputs, sizes)
+    return executed_cost(costs, executed, call or CallOverhead(), handover or Handover())
 
 
-def executed_cost(costs: _Costs, executed: ExecutedModel, call: CallOverhead) -> ModelCost:
-    """The cost of operators that are known already."""
+def executed_cost(
+    costs: _Costs, executed: ExecutedModel, call: CallOverhead, handover: Handover
+) -> ModelCost:
+    """The cost of operators that are known already, with what handing values over takes."""
     nodes, unknown = [], set()
     for node in executed.nodes:
         work = node_work(node)
         if work.kind == "other" and not work.variant:
             unknown.add(node.operator)
-        nodes.append(NodeCost(node.name, work, costs.cost(work)))
+        cost = costs.cost(work)
+        more = handover.milliseconds(work.activation_bytes, work.weight_bytes)
+        cost = replace(cost, milliseconds=cost.milliseconds + more)
+        nodes.append(NodeCost(node.name, work, cost))
     overhead = call.milliseconds(len(executed.input_bytes), sum(executed.output_bytes))
     whole = combine([*(node.cost for node in nodes), Cost(overhead, 0.2, 0.0, "calibrated")])
     return ModelCost(whole, tuple(nodes), overhead, None, tuple(sorted(unknown)))

@@ -20,6 +20,8 @@ import numpy as np
 from onnx import helper, numpy_helper
 
 OPSET = 23
+# Families of pieces of networks, which are timed as a whole, however long they take.
+PIECES = "chain."
 IR_VERSION = 11
 MICROSOFT = "com.microsoft"
 Dims = tuple[int, ...]
@@ -73,12 +75,18 @@ class ProbeModel:
         self, operator: str, *inputs: str, domain: str = "", results: int = 1, **attributes: Any
     ) -> str:
         """A node; the name of its first result. An empty name leaves an input out."""
+        return self.add_all(operator, *inputs, domain=domain, results=results, **attributes)[0]
+
+    def add_all(
+        self, operator: str, *inputs: str, domain: str = "", results: int = 1, **attributes: Any
+    ) -> list[str]:
+        """A node; the names of its results."""
         at = len(self._nodes)
         names = [f"v{at}_{i}" for i in range(results)]
         self._nodes.append(
             helper.make_node(operator, inputs, names, name=f"n{at}", domain=domain, **attributes)
         )
-        return names[0]
+        return names
 
     def tap(self, value: str, rank: int) -> None:
         """Keep ``value`` from being dropped: its first element becomes part of the output."""
@@ -146,6 +154,6 @@ def build_probe(family: str, dims: Dims, copies: int) -> tuple[bytes, dict[str, 
 @cache
 def builders() -> dict[str, Build]:
     """Every builder by family."""
-    for module in ("probe_layers", "probe_values"):
+    for module in ("probe_chains", "probe_layers", "probe_values"):
         import_module(f"mopt.cost_models.{module}")
     return _builders

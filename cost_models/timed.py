@@ -22,7 +22,7 @@ from mopt.cost_models.probe import Dims, Probe, plan_copies, run_probes
 from mopt.cost_models.roofline import Roofline
 from mopt.cost_models.runtime import session_settings
 from mopt.cost_models.serial import SerialModel
-from mopt.device_calibration import CallOverhead
+from mopt.device_calibration import CallOverhead, Handover
 from mopt.errors import MoptError, UsageError
 from mopt.machine import machine_fingerprint
 
@@ -115,7 +115,9 @@ class TimedModel(SerialModel):
 
         executed = executed_model(model, inputs, sizes)
         self._time([node_work(node) for node in executed.nodes], None)
-        return executed_cost(self, executed, self._call or CallOverhead())
+        known = self.device.calibration
+        handover = known.handover if known is not None else Handover()
+        return executed_cost(self, executed, self._call or CallOverhead(), handover)
 
     # ---- timing
 

@@ -5,42 +5,59 @@
 
 A record is a small JSON file named by the hash of its whole key, which it also holds: a hit
 compares key and hash of the content, so a collision, a torn file or another program's file is a
-miss and is dropped. Records never change; what a record depends on must be in its key.
+miss, is dropped and said on the logger ``mopt.cache``. Tensors lie beside their record as
+safetensors. Records never change; what a record depends on must be in its key.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import stat
+import time
 from collections.abc import Callable, Mapping
 from functools import cache as once
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
 from mopt.disk import remove_any
 from mopt.errors import InputError, MoptError, quote
-from mopt.files import write_file_atomic
+from mopt.files import atomic_file, write_file_atomic
 from mopt.json_files import json_bytes, read_json
+from mopt.safe_read import open_file, sha256_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCHEMA = 1
+# Tensors that are made faster than this are made again: reading them would gain nothing.
+WORTH_SECONDS = 0.2
 _LOCK_SECONDS = 600.0
 _LIBRARIES = ("torch", "numpy", "onnx", "onnxruntime")
+_log = logging.getLogger(__name__)
 
 
 class Cache:
     """Records in a folder that only its user may read; None is the user's cache folder.
 
     A folder that cannot be written makes every look-up a miss and keeps nothing: a cache never
-    stops a compile. ``hits`` and ``misses`` count look-ups.
+    stops a compile. ``hits`` and ``misses`` count look-ups. Of tensors it keeps what took at least
+    ``worth_seconds`` to make.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        worth_seconds: float = WORTH_SECONDS,
+    ) -> None:
         self.folder = Path(folder) if folder is not None else user_cache_path("mopt") / "records"
+        self.worth_seconds = worth_seconds
         self.hits = 0
         self.misses = 0
 
@@ -90,6 +107,56 @@ class Cache:
             lock.release()
             remove_any(str(path.with_suffix(".lock")))
 
+    def remember_tensors(
+        self,
+        bucket: str,
+        key: Mapping[str, Any],
+        make: Callable[[], tuple[Mapping[str, Tensor], Any]],
+    ) -> tuple[dict[str, Tensor], Any]:
+        """Tensors by name and remarks (JSON data) as stored, or those of ``make()``, stored."""
+        stored = self.get(bucket, key)
+        if stored is not None:
+            tensors = self._read_tensors(bucket, key, stored)
+            if tensors is not None:
+                return tensors, stored["remarks"]
+        started = time.monotonic()
+        made, remarks = make()
+        if time.monotonic() - started >= self.worth_seconds:
+            self._put_tensors(bucket, key, made, remarks)
+        return dict(made), remarks
+
+    def _put_tensors(
+        self, bucket: str, key: Mapping[str, Any], made: Mapping[str, Tensor], remarks: Any
+    ) -> None:
+        from mopt.safetensors_files import write_safetensors
+
+        path = self._path(bucket, key).with_suffix(".safetensors")
+        try:
+            self._make(path.parent)
+            with atomic_file(path) as writer:
+                write_safetensors(writer, made)
+            digest = sha256_of(path)
+        except (MoptError, OSError):
+            return
+        # The record comes last: without it the tensors are not there.
+        self.put(bucket, key, {"tensors": digest, "remarks": remarks})
+
+    def _read_tensors(
+        self, bucket: str, key: Mapping[str, Any], stored: Any
+    ) -> dict[str, Tensor] | None:
+        from mopt.safetensors_files import read_torch
+
+        path = self._path(bucket, key).with_suffix(".safetensors")
+        try:
+            with open_file(path) as file:
+                if file.sha256() == stored["tensors"]:
+                    return read_torch(file)
+        except (MoptError, OSError, KeyError, TypeError):
+            pass  # whatever is wrong with it, it is made again
+        self._drop(path)
+        self._drop(path.with_suffix(".json"))
+        return None
+
     def _read(self, path: Path, key: Mapping[str, Any]) -> Any | None:
         if not path.is_file():
             return None
@@ -99,8 +166,13 @@ class Cache:
                 return record["value"]
         except (MoptError, OSError, KeyError, TypeError, ValueError):
             pass  # whatever is wrong with it, it is not a record of ours
-        remove_any(str(path))
+        self._drop(path)
         return None
+
+    def _drop(self, path: Path) -> None:
+        if path.exists():
+            _log.warning("the cache entry %s is damaged: dropped, and made again", path)
+            remove_any(str(path))
 
     def _path(self, bucket: str, key: Mapping[str, Any]) -> Path:
         return self.folder / f"{bucket}-v{SCHEMA}" / f"{_digest(_text(key))}.json"

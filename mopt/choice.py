@@ -12,22 +12,24 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Baseline:
-    """The uncompressed model: bytes of its files, and estimated ms and bytes where known."""
+    """The uncompressed model: bytes of its files; estimated ms, bytes and mJ where known."""
 
     size_bytes: int
     latency_ms: float | None = None
     peak_bytes: float | None = None
+    energy_mj: float | None = None
 
 
 @dataclass(frozen=True)
 class Observation:
     """One round: what was estimated and what was measured of the same choice.
 
-    Both map ``size`` (bytes), ``latency`` (ms), ``memory`` (bytes) and ``loss`` (share of quality
-    lost) to values; a quantity that was not measured is absent. ``baseline`` has the uncompressed
-    model's measured values. ``is_slower`` says that it lost against the uncompressed model beyond
-    noise. ``formats`` are the formats by layer. ``speed_band`` are the ends of the interval of the
-    measured ratio of times, compressed over uncompressed.
+    Both map ``size`` (bytes), ``latency`` (ms), ``memory`` (bytes), ``energy`` (mJ, an estimate of
+    the lowered model) and ``loss`` (share of quality lost) to values; a quantity that was not
+    measured is absent. ``baseline`` has the uncompressed model's measured values. ``is_slower``
+    says that it lost against the uncompressed model beyond noise. ``formats`` are the formats by
+    layer. ``speed_band`` are the ends of the interval of the measured ratio of times, compressed
+    over uncompressed.
     """
 
     formats: Mapping[str, str]

@@ -80,6 +80,24 @@ class CallOverhead:
 
 
 @dataclass(frozen=True)
+class Handover:
+    """What operators take in a model beyond what they take alone, in microseconds.
+
+    For each byte of inputs and outputs, for each byte of weights, and for each operator; see
+    ``mopt.cost_models.handover``.
+    """
+
+    activation_us: float = 0.0
+    weight_us: float = 0.0
+    operator_us: float = 0.0
+
+    def milliseconds(self, activation_bytes: float, weight_bytes: float) -> float:
+        """For one operator."""
+        moved = self.activation_us * activation_bytes + self.weight_us * weight_bytes
+        return 1e-3 * (moved + self.operator_us)
+
+
+@dataclass(frozen=True)
 class Calibration:
     """All of it, and the circumstances: ``machine`` as ``mopt.machine`` describes it.
 
@@ -97,6 +115,7 @@ class Calibration:
     quiet: float
     node_us: float
     call: CallOverhead
+    handover: Handover
     median_error: float
     error_90: float
     machine: Mapping[str, Any]
@@ -142,16 +161,14 @@ def read_calibration(reader: FieldReader, given: Any) -> Calibration:
     """The ``[calibration]`` of a profile. Raises InputError naming the field and its line."""
     at: Place = ("calibration",)
     numbers = ("seconds", "load", "disturbed", "quiet", "node_us", "median_error", "error_90")
-    names = (*numbers, "date", "runtime", "threads", "call", "machine", "family")
+    names = (*numbers, "date", "runtime", "threads", "call", "handover", "machine", "family")
     reader.only(at, given, required=names)
-    call = reader.table((*at, "call"), given["call"])
-    keys = tuple(spec.name for spec in fields(CallOverhead))
-    reader.only((*at, "call"), call, required=keys)
     return Calibration(
         date=reader.text((*at, "date"), given["date"]),
         runtime=reader.text((*at, "runtime"), given["runtime"]),
         threads=int(reader.number((*at, "threads"), given["threads"], 0, 4096)),
-        call=CallOverhead(*(reader.number((*at, "call", k), call[k], 0, 1e12) for k in keys)),
+        call=CallOverhead(*_read_numbers(reader, (*at, "call"), given["call"], CallOverhead)),
+        handover=Handover(*_read_numbers(reader, (*at, "handover"), given["handover"], Handover)),
         machine=reader.table((*at, "machine"), given["machine"]),
         fits=tuple(
             _read_fit(reader, (*at, "family", name), name, table)
@@ -159,6 +176,16 @@ def read_calibration(reader: FieldReader, given: Any) -> Calibration:
         ),
         **{key: reader.number((*at, key), given[key], 0, _LARGEST) for key in numbers},
     )
+
+
+def _read_numbers(
+    reader: FieldReader, at: Place, given: Any, kind: type[CallOverhead] | type[Handover]
+) -> list[float]:
+    """The fields of a table of numbers, in the order of ``kind``."""
+    table = reader.table(at, given)
+    names = tuple(spec.name for spec in fields(kind))
+    reader.only(at, table, required=names)
+    return [reader.number((*at, name), table[name], 0, 1e12) for name in names]
 
 
 def _read_fit(reader: FieldReader, at: Place, name: str, table: Any) -> FamilyFit:

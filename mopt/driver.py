@@ -216,7 +216,9 @@ class _Maker:
             self.context.progress.stage("Choosing again")
         before = self.baseline_cost
         baseline = Baseline(
-            self.baseline_artifact.size_bytes, before.milliseconds if before else None
+            self.baseline_artifact.size_bytes,
+            before.milliseconds if before else None,
+            energy_mj=before.cost.energy_mj if before else None,
         )
         context = replace(self.context, observations=seen, baseline=baseline)
         if self._shared:

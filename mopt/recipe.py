@@ -54,10 +54,7 @@ class Recipe:
             if not path.is_file():
                 raise UsageError(f"no recipe file {quote(text)}", code="missing-file")
             return Recipe.from_toml(path.read_bytes(), source=text)
-        presets = preset_files()
-        if text not in presets:
-            raise unknown_name("recipe", text, presets, "mopt recipes list")
-        return Recipe.from_toml(presets[text].read_bytes(), source=f"preset {text}")
+        return _preset(text)
 
     @staticmethod
     def from_toml(text: bytes | str, source: str = "recipe") -> Recipe:
@@ -68,7 +65,8 @@ class Recipe:
             raise unknown_name("recipe key", min(unknown), _KEYS, "see docs/recipes.md")
         specs: list[PassSpec] = []
         if "extends" in data:
-            specs.extend(Recipe.load(_text(data["extends"], "extends", source)).specs)
+            # A preset only: a recipe from a stranger reads no other file, and ends.
+            specs.extend(_preset(_text(data["extends"], "extends", source)).specs)
         entries = data.get("pass", [])
         if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
             raise UsageError(f"{source}: 'pass' must be a list of tables: [[pass]]",
@@ -139,6 +137,13 @@ def preset_files() -> dict[str, Path]:
     """The named presets: one TOML file each."""
     folder = package_folder("mopt.presets")
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def _preset(name: str) -> Recipe:
+    presets = preset_files()
+    if name not in presets:
+        raise unknown_name("recipe", name, presets, "mopt recipes list")
+    return Recipe.from_toml(presets[name].read_bytes(), source=f"preset {name}")
 
 
 def _text(value: Any, key: str, source: str) -> str:

@@ -48,7 +48,10 @@ class Attempt:
             if timed
             else (None, None),
             "quality": (kept if kept is not None else self.quality.drift.cosine, 1.0),
-            "energy": (None, None),
+            "energy": (
+                self.cost.cost.energy_mj if self.cost else None,
+                self.before.cost.energy_mj if self.before else None,
+            ),
         }
 
     def missed(self, budget: Budget, baseline: Artifact) -> list[str]:
@@ -60,7 +63,9 @@ class Attempt:
             if value is None or base is None:
                 missed.append(f"{constraint.text} (not measured)")
             elif not constraint.is_met(value, base):
-                guessed = constraint.what == "latency" and self.timing is None
+                guessed = constraint.what == "energy" or (
+                    constraint.what == "latency" and self.timing is None
+                )
                 word = "estimated" if guessed else "found"
                 missed.append(
                     f"{constraint.text} ({word} {value:.6g}, limit {constraint.limit(base):.6g})"
@@ -201,7 +206,7 @@ def _rank(
 def nearest_point(attempt: Attempt, baseline: Artifact) -> str:
     """What the best attempt measured, in one line."""
     values = attempt.values(baseline)
-    shown = {"size": "B", "latency": "ms", "memory": "B", "quality": "x"}
+    shown = {"size": "B", "latency": "ms", "memory": "B", "energy": "mJ", "quality": "x"}
     return ", ".join(
         f"{what} {values[what][0]:.6g} {unit}"
         for what, unit in shown.items()
@@ -230,6 +235,6 @@ def estimate_error(attempt: Attempt, story: Sequence[dict[str, Any]]) -> dict[st
     guess, found = last["estimated"], last["measured"]
     return {
         what: guess[what] / found[what] - 1
-        for what in ("size", "latency", "memory", "loss")
+        for what in ("size", "latency", "memory", "energy", "loss")
         if guess.get(what) is not None and found.get(what)
     }

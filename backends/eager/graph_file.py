@@ -136,7 +136,9 @@ def _is_channels_last(tensor: Tensor) -> bool:
     return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
-def _operator(name: str) -> Any:
+def _operator(name: Any) -> Any:
+    if not isinstance(name, str):
+        raise ValueError("the target is no text")
     if name in PYTHON:
         module, _, attribute = name.rpartition(".")
         return getattr(_MODULES[module], attribute)

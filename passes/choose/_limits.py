@@ -30,7 +30,7 @@ _SAME_TIME = 1e-3
 
 @dataclass(frozen=True)
 class Corrections:
-    """What was learned: ``loss`` multiplies losses, ``bytes`` and ``memory`` are added to sums.
+    """What was learned: ``loss`` multiplies losses; bytes, memory and energy are added to sums.
 
     ``savings`` multiplies the time that a format saves, by format. ``speed`` is measured over
     estimated time of the uncompressed model.
@@ -39,6 +39,7 @@ class Corrections:
     loss: float = 1.0
     size: float = 0.0
     memory: float = 0.0
+    energy: float = 0.0
     savings: Mapping[str, float] = field(default_factory=dict)
     speed: float = 1.0
 
@@ -50,7 +51,7 @@ class Corrections:
 
         An estimated time within the interval of the measured one stands, unless it misled.
         """
-        loss, size, memory, speed = 1.0, 0.0, 0.0, 1.0
+        loss, size, memory, energy, speed = 1.0, 0.0, 0.0, 0.0, 1.0
         savings: dict[str, float] = {}
         for seen in observations:
             guess, found = seen.estimated, seen.measured
@@ -61,6 +62,8 @@ class Corrections:
                 size += found["size"] - guess["size"]
             if "memory" in found and "memory" in guess:
                 memory += found["memory"] - guess["memory"]
+            if "energy" in found and "energy" in guess:
+                energy += found["energy"] - guess["energy"]
             whole = baseline.latency_ms or guess.get("whole_latency")
             if "latency" in found and seen.baseline.get("latency") and whole:
                 speed = seen.baseline["latency"] / whole
@@ -78,7 +81,7 @@ class Corrections:
                     if seen.is_slower:
                         factor = min(factor, -0.1)
                     savings.update(dict.fromkeys(seen.formats.values(), factor))
-        return Corrections(loss, size, memory, savings, speed)
+        return Corrections(loss, size, memory, energy, savings, speed)
 
     def latency(self, option: Option, original: Option) -> float:
         """The corrected ms of an option."""
@@ -139,6 +142,10 @@ def read_limits(
     }
     if peak is not None:
         fixed["memory"] = peak - stored + learned.memory
+    energies = [one.options[0].energy_mj for one in sites]
+    if baseline.energy_mj is not None and None not in energies:
+        used = sum(e for e in energies if e is not None)
+        fixed["energy"] = baseline.energy_mj - used + learned.energy
     limits: dict[str, float] = {}
     for constraint in budget.constraints:
         if constraint.what == "quality":
@@ -153,11 +160,13 @@ def read_limits(
         elif constraint.what == "memory":
             if peak is not None:  # else the first round finds out
                 limits["memory"] = constraint.limit(peak) - fixed["memory"]
+        elif baseline.energy_mj is not None and "energy" in fixed:
+            limits["energy"] = constraint.limit(baseline.energy_mj) - fixed["energy"]
         else:
             raise UsageError(
                 f"budget {constraint.text!r}: no estimate of {constraint.what} for this target",
                 code="no-estimate",
-                hint="limit latency or size instead",
+                hint="its profile has no energies (mopt devices show); limit latency or size",
             )
     if not budget.constraints and budget.minimize is None:
         limits["loss"] = DEFAULT_LOSS
@@ -185,6 +194,7 @@ def make_problem(
                     "size": option.size_bytes,
                     "memory": option.memory_bytes,
                     "latency": learned.latency(option, original),
+                    "energy": option.energy_mj or 0.0,
                     "loss": learned.loss * option.loss,
                 },
             )

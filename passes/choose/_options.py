@@ -34,7 +34,8 @@ class Option:
     ``loss`` is filled in once it is known; ``loss_source`` says how: exact or estimated.
     ``latency_source`` is measured where this very layer was timed in this format, else estimated.
     ``border_ms`` is the part of the time that converts values for neighbours computed in float.
-    ``memory_bytes`` are those of the weights while the model runs.
+    ``memory_bytes`` are those of the weights while the model runs. ``energy_mj`` is None where the
+    target's profile has no energies.
     """
 
     name: str
@@ -46,6 +47,19 @@ class Option:
     latency_source: str = "estimated"
     border_ms: float = 0.0
     memory_bytes: float = 0.0
+    energy_mj: float | None = None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a layer's calls take in a format: ms, mJ if known, and how the time is known."""
+
+    latency_ms: float
+    energy_mj: float | None
+    source: str
+
+
+_UNKNOWN = _Run(0.0, None, "estimated")
 
 
 @dataclass
@@ -150,21 +164,29 @@ def fill_options(
     """Give every group its options with bytes and ms; refuse what cannot run or is slower."""
     total = 0.0
     for one in sites:
-        latency, levels = 0.0, set()
-        for layer in one.layers:
-            found = _latency(model, layer, "fp32", one) or (0.0, "estimated")
-            latency += found[0]
-            levels.add(found[1])
+        runs = [_run(model, layer, "fp32", one) or _UNKNOWN for layer in one.layers]
         bytes_ = _bytes(program, one, {})
-        source = _worst(levels)
+        whole = _joined_runs(runs)
         one.options.append(
-            Option(ORIGINAL, {}, bytes_, latency, latency_source=source, memory_bytes=bytes_)
-        )
-        total += latency
+            Option(
+                ORIGINAL, {}, bytes_, whole.latency_ms, latency_source=whole.source,
+                memory_bytes=bytes_, energy_mj=whole.energy_mj,
+            )
+        )  # fmt: skip
+        total += whole.latency_ms
     for one in sites:
         wanted = dict.fromkeys(name for layer in one.layers for name in names[layer.kind])
         for name in _joined(one, list(wanted)):
             _add_option(program, one, name, model, _NOISE * total, allow_slower)
+
+
+def _joined_runs(runs: Sequence[_Run]) -> _Run:
+    energies = [run.energy_mj for run in runs]
+    return _Run(
+        sum(run.latency_ms for run in runs),
+        None if None in energies else sum(e for e in energies if e is not None),
+        _worst({run.source for run in runs}),
+    )
 
 
 def _worst(sources: set[str]) -> str:
@@ -187,30 +209,32 @@ def _add_option(
     allow_slower: bool,
 ) -> None:  # fmt: skip
     formats: dict[str, str] = {}
-    latency, border, levels = 0.0, 0.0, set()
+    border = 0.0
+    runs: list[_Run] = []
     for layer in one.layers:
         own = "int8-row" if layer.kind == "embedding" and name in _SHARED_CODES else name
         reason = find_format(own).check(layer, program.weight(layer.weight))
         if reason is None:
-            found = _latency(model, layer, own, one)
+            found = _run(model, layer, own, one)
             if found is None:
                 reason = "the target has no kernel for it"
             else:
-                latency += found[0]
-                levels.add(found[1])
+                runs.append(found)
                 if own in STATIC:
-                    border += found[0] - (_latency(model, layer, own, one, alone=False) or found)[0]
+                    among = _run(model, layer, own, one, alone=False) or found
+                    border += found.latency_ms - among.latency_ms
         if reason is not None:
             one.refused[name] = reason
             return
         formats[layer.path] = own
-    source = _worst(levels)
+    whole = _joined_runs(runs)
+    latency, source = whole.latency_ms, whole.source
     size = _bytes(program, one, formats)
     widened = any(_is_widened(layer, call, formats[layer.path], one.model)
                   for layer in one.layers for call in layer.calls)  # fmt: skip
     option = Option(
         name, formats, size, latency, latency_source=source, border_ms=max(border, 0.0),
-        memory_bytes=one.options[0].memory_bytes if widened else size,
+        memory_bytes=one.options[0].memory_bytes if widened else size, energy_mj=whole.energy_mj,
     )  # fmt: skip
     # Between neighbours in 8 bits nothing is converted: the choice as a whole tells.
     if latency - border > one.options[0].latency_ms + noise and not allow_slower:
@@ -233,16 +257,16 @@ def _bytes(program: Program, one: Sites, formats: Mapping[str, str]) -> float:
     return float(sum(seen.values()))
 
 
-def _latency(
+def _run(
     model: CostModel | None, layer: Layer, name: str, one: Sites, *, alone: bool = True
-) -> tuple[float, str] | None:
-    """The ms of all calls of a layer and how they are known, None where there is no kernel.
+) -> _Run | None:
+    """What all calls of a layer take, None where there is no kernel.
 
     ``alone`` counts the conversions of a layer in 8 bits between float ones.
     """
     if model is None:
-        return 0.0, "estimated"
-    total, sources = 0.0, set()
+        return _UNKNOWN
+    runs = []
     for asked in (asked for call in layer.calls for asked in _requests(layer, call, name, one)):
         try:
             cost = model.layer_cost(
@@ -253,9 +277,9 @@ def _latency(
             if error.code in ("no-kernel", "no-processor"):
                 return None
             raise
-        total += cost.milliseconds
-        sources.add("measured" if cost.level == "measured" else "estimated")
-    return total, _worst(sources)
+        source = "measured" if cost.level == "measured" else "estimated"
+        runs.append(_Run(cost.milliseconds, cost.energy_mj, source))
+    return _joined_runs(runs)
 
 
 def _requests(layer: Layer, call: Any, name: str, one: Sites) -> list[LayerRequest]:

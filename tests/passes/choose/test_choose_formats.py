@@ -35,8 +35,12 @@ SPEEDS = {"fp32": 1.0, "int8-dynamic": 0.4, "int8-g128": 0.6, "int4-g32": 0.5, "
 class TableModel:
     """A cost model whose times are proportional to the number of weights."""
 
-    def __init__(self, border: float = 0.0, **speeds: float) -> None:
+    def __init__(
+        self, border: float = 0.0, millijoules: float | None = None, **speeds: float
+    ) -> None:
         self.border = border
+        # What a millisecond takes.
+        self.millijoules = millijoules
         self.speeds = SPEEDS | {name.replace("_", "-"): v for name, v in speeds.items()}
         self.device = SimpleNamespace(id="table")
 
@@ -51,7 +55,8 @@ class TableModel:
         if name not in self.speeds:
             raise UsageError(f"no kernel for {name}", code="no-kernel")
         border = self.border if isolated and name == "int8-qdq" else 0.0
-        return Cost((self.speeds[name] + border) * math.prod(shape) / 1e6)
+        taken = (self.speeds[name] + border) * math.prod(shape) / 1e6
+        return Cost(taken, energy_mj=self.millijoules and self.millijoules * taken)
 
 
 def budget(*texts: str, **more: Any) -> dict[str, Any]:
@@ -316,9 +321,25 @@ def test_a_budget_on_latency_needs_a_cost_model() -> None:
         run(tiny.mlp(64, 64).capture(), "latency<=0.5x", cost_model=None)
 
 
-def test_a_budget_on_energy_is_refused() -> None:
+def test_a_budget_on_energy_needs_energies() -> None:
     with pytest.raises(UsageError, match="no estimate of energy"):
         run(tiny.mlp(64, 64).capture(), "energy<=5mJ")
+
+
+@pytest.mark.parametrize(("limit", "share"), [("energy<=0.55x", 0.55), ("energy<=1e-9mJ", 0.0)])
+def test_energy_can_be_limited(limit: str, share: float) -> None:
+    program = tiny.mlp(64, 64).capture()
+    costs = TableModel(millijoules=3.0)
+    whole = sum(math.prod(program.weight(n).shape) for n in program.nodes
+                if n.op == "get_attr" and program.weight(n).ndim == 2) * 3e-6  # fmt: skip
+    baseline = Baseline(program.size_bytes(), energy_mj=whole)
+    found = run(program, limit, "minimize=loss", cost_model=costs, baseline=baseline)
+    choice = found.plan["choice"]
+    if share:
+        assert choice["estimated"]["energy"] <= share * whole and not choice["excess"]
+    else:
+        assert choice["excess"]["energy"] > 0
+    assert choice["binding"] == ["energy"]
 
 
 def test_unknown_formats_are_refused_at_once() -> None:
