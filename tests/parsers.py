@@ -228,7 +228,7 @@ def _csv(scratch: Path) -> Made:
     seeds = (b"id,lower,upper,size\na,0,3,64\nb,1,2,128\n",
              b"buffer,start,end,size,alignment,gaps,hint,offset\nx,0,9,64,8,2-4 5-7@0:8,,16\n"
              b"y,1,2,128,1,,3,\n")  # fmt: skip
-    return seeds, lambda data, _: parse_buffers(data.decode("utf-8", "replace"))
+    return seeds, lambda data, _: parse_buffers(data)
 
 
 def _safetensors(scratch: Path) -> Made:
@@ -289,14 +289,16 @@ def _kernels(scratch: Path) -> Made:
     from mopt.backends.triton.kernel_file import read_binary, read_kernels
     from mopt.safe_read import Folder
 
-    entry = {"name": "k", "file": "kernels/sm_90/k-0.cubin", "registers": 32, "shared": 0,
-             "spills": 0, "warps": 4, "stages": 2, "constants": {"BLOCK": "32"}}  # fmt: skip
+    entry = {"name": "k", "architecture": "sm_90", "file": "k-0.cubin", "order": ["x"], "types": ["*fp32"],
+             "aligned": ["x"], "registers": 32, "shared": 0, "spills": 0, "scratch": 0, "warps": 4,
+             "threads": 128, "stages": 2, "constants": {"BLOCK": "32"}}  # fmt: skip
     data = {"schema": 1, "triton": "3.4", "target": "sm_90", "lowered": [], "left": [],
             "pytorch": [], "share": 0.5, "checked": {}, "rejected": [],
             "tables": {"sm_90": {"key": []}}, "binaries": {"sm_90": {"key": entry}}}  # fmt: skip
 
     def parse(raw: bytes, scratch: Path) -> object:
         (scratch / "kernels.json").write_bytes(raw)
+        (scratch / "k-0.cubin").write_bytes(b"binary")
         with Folder(scratch) as folder:
             stored = read_kernels(folder)
             return [read_binary(folder, one) for by in stored.binaries.values()

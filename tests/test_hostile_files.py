@@ -12,12 +12,16 @@ from hypothesis import strategies as st
 from tests.mutations import mutate
 from tests.parsers import NAMES, Parser, check, make_parser
 
+_MANIFEST = b"""{"schema": 1, "mopt": "", "model": "", "backend": "", "target": "", "kind": "whole",
+"files": {"a": {"bytes": 0, "sha256": ""}},
+"parts": [{"path": "", "folder": %b, "signature": {"inputs": [], "outputs": []}}]}"""
 # Inputs that something went wrong with once, and what is at the edge of the rules.
 _KNOWN = {
     "recipe": [b'extends = "recipe.toml"', b'extends = "../../etc/x.toml"', b'name = "a'],
+    "manifest": [_MANIFEST % b"4", _MANIFEST % b"[]", _MANIFEST % b'"../x"'],
     "budget": [b"size<=1e999MB", b"size<=" + b"9" * 400, b"size<=0x", "quality>=\u0966".encode()],
     "csv": [b"", b"id,lower,upper,size\n" + b"a,0,1,1\n" * 2, b"id\n"],
-    "npz": [b"", b"PK\x05\x06" + bytes(18), b"PK\x05\x06" + b"\xff" * 18],
+    "npz": [b"", b"PK\x05\x06" + b"\xff" * 18],
     "report": [b"{}", b"[]", b'{"schema": 1e400}', b"[" * 100_000],
     "onnx": [b"", b"\x0a\xff\xff\xff\xff\x0f"],
     "safetensors": [b"", b"\xff" * 8],
@@ -49,5 +53,5 @@ def test_known_cases_are_refused(parser: Parser, place: Path) -> None:
 def test_damaged_files_end_in_an_answer_or_an_error(parser: Parser, place: Path, seed: int) -> None:
     check(parser, mutate(parser.seeds, random.Random(seed)), place)
     assert {path.suffix for path in place.iterdir()} <= {
-        ".json", ".toml", ".onnx", ".npz", ".npy", ".safetensors", ""
+        ".json", ".toml", ".onnx", ".npz", ".npy", ".safetensors", ".cubin", ""
     }  # fmt: skip
