@@ -112,12 +112,20 @@ def _quality_rows(quality: Mapping[str, Any], verbose: bool) -> list[list[str]]:
 
 def remarks(report: Mapping[str, Any], *, verbose: bool = False) -> list[str]:
     """Lines about what a reader of the table would ask next; empty when there is nothing."""
-    lines = _kept_all(report) + _slower(report) + _unmeasured(report) + _widened(report)
+    lines = _notes(report) + _kept_all(report) + _slower(report)
+    lines += _unmeasured(report) + _widened(report)
     lines += _zeros(report)
     lines += coverage_lines(report["coverage"]) + _kept(report)
     if verbose:
         lines += _skips(report)
     return [*lines, ""] if lines else []
+
+
+def _notes(report: Mapping[str, Any]) -> list[str]:
+    """What the compile did more cheaply than it would have, to stay within its limits."""
+    notes = report.get("notes")
+    texts = [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
+    return [f"Limited: {note}" for note in texts]
 
 
 def _kept_all(report: Mapping[str, Any]) -> list[str]:

@@ -13,8 +13,9 @@ import fcntl
 import os
 import shutil
 import stat
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -298,6 +299,27 @@ def _is_stale(path: str, pid: int) -> bool:
         return pid != os.getpid() and time.time() - os.fstat(fd).st_mtime > _STALE_SECONDS
     finally:
         os.close(fd)
+
+
+def scratch_folder(name: str) -> tuple[Path, Callable[[], None]]:
+    """A new private folder among the temporary files, and how to remove it.
+
+    Those that killed processes of the same user left behind are removed first.
+    """
+    place = tempfile.gettempdir()
+    for old in stale_temporaries(place, name):
+        if os.lstat(old).st_uid == os.getuid():
+            remove_any(old)
+    path = f"{place}/{temporary_name(name)}"
+    Path(path).mkdir(mode=0o700)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    lock(fd)
+
+    def remove() -> None:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(fd)
+
+    return Path(path), remove
 
 
 def remove_any(path: str) -> None:

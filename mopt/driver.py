@@ -6,10 +6,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from mopt.allowance import TIME_IS_UP, Allowance
 from mopt.budget import Budget
 from mopt.cache import Cache
 from mopt.calibration import Calibration
@@ -40,6 +42,9 @@ from mopt.report_data import report_data
 from mopt.rounds import Attempt, choice_data, close_loop, nearest_point
 
 BASELINE = "none"
+# What exporting and loading a model takes beside it, as a multiple of its weights.
+_LOWERED_TIMES = 2.5
+_MEASURE_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -119,17 +124,16 @@ def compile(
         deadline=started + 60 * max_minutes if max_minutes else None,
         max_memory_bytes=max_memory_bytes,
     )
+    allowance = Allowance(context.deadline, max_memory_bytes)
     chooses = any(one.chooses for one in passes)
-    cache = Cache() if chooses else None
+    cache = Cache()
     costs = cost_model(
         device, timed=chooses and settings.measure, cache=cache, threads=settings.threads
     )
     # Passes that make a model smaller ask too whether that is faster, on the target and no other.
-    context = replace(context, device=device, cost_model=costs)
+    context = replace(context, device=device, cost_model=costs, cache=cache, allowance=allowance)
     if chooses:
-        context = replace(
-            context, backend=backend, budget=wanted, allow_slower=allow_slower, cache=cache
-        )
+        context = replace(context, backend=backend, budget=wanted, allow_slower=allow_slower)
     maker = _Maker(
         program, passes, tuple(callbacks), context, chosen, backend, target, settings, evaluate,
         Estimator(device, costs),
@@ -139,7 +143,7 @@ def compile(
     if chooses:
         attempt, story = close_loop(
             maker.compress, maker.attempt, maker.base.copy, wanted, baseline_artifact,
-            allow_slower=allow_slower,
+            allow_slower=allow_slower, another=maker.has_time_for_another,
         )  # fmt: skip
     else:
         attempt = maker.attempt(maker.compress(()))
@@ -152,7 +156,13 @@ def compile(
         data_found, device, maker.baseline_cost, attempt.cost, attempt.result.size_bytes(),
         attempt.result.plan.get("choice"),
     )  # fmt: skip
+    data_found["notes"] = list(allowance.notes)
     artifact.report = Report(data_found)
+    if allowance.stopped:
+        raise BudgetNotMet(
+            allowance.stopped, code=TIME_IS_UP, artifact=artifact,
+            hint="what took long is kept: the same command goes on from there, with more time",
+        )  # fmt: skip
     _check_budget(wanted, attempt, baseline_artifact)
     return artifact
 
@@ -202,16 +212,43 @@ class _Maker:
         # Most recipes begin with what the baseline runs.
         self._shared = passes[: len(self._common)] == self._common
         self.base = Pipeline(self._common, watchers if self._shared else ()).run(program, context)
-        self.baseline_artifact = lower(self.base, backend, target=target)
-        check_parity(self.base, self.baseline_artifact, program)
+        assert context.allowance is not None
+        self.allowance = context.allowance
+        self.baseline_artifact = self._uncompressed()
+        self._round_started = time.monotonic()
+        self._round_seconds = 0.0
         self.estimator = estimator
         context.progress.step(0, 1, "estimates of the uncompressed model")
         self.baseline_cost = estimator.cost(self.baseline_artifact)
         self._quality: Quality | None = None
         self._eager: Side | None = None
 
+    def _uncompressed(self) -> Artifact:
+        """The uncompressed model, lowered; only its size where it would not fit into memory."""
+        whole = self.base.size_bytes()
+        if self.allowance.fits(_LOWERED_TIMES * whole):
+            artifact = lower(self.base, self.backend, target=self.target)
+            check_parity(self.base, artifact, self.program)
+            return artifact
+        self.allowance.say(
+            f"the uncompressed model ({whole / 1e9:.2f} GB) was not built beside the result, for "
+            "want of memory: its size is that of its weights, and no times are compared"
+        )
+        return _weights_alone(self.base)
+
+    def has_time_for_another(self) -> bool:
+        """Whether a round as long as the last would end in time."""
+        if self._round_seconds < self.allowance.seconds_left():
+            return True
+        self.allowance.say(
+            f"no further choice was tried: {self.allowance.seconds_left():.0f} s were left, the "
+            f"last one took {self._round_seconds:.0f} s"
+        )
+        return False
+
     def compress(self, seen: tuple[Observation, ...]) -> Program:
         """The program after all passes, which are told what came of earlier results."""
+        self._round_started = time.monotonic()
         if seen:
             self.context.progress.stage("Choosing again")
         before = self.baseline_cost
@@ -252,11 +289,20 @@ class _Maker:
         progress.end(f"outputs on {quality.batches} {batch_word}{metric_word}")
         timing = self._timing(artifact)
         cost = self.estimator.cost(artifact)
+        self._round_seconds = time.monotonic() - self._round_started
         return Attempt(result, artifact, parity, quality, timing, cost, self.baseline_cost)
 
     def _timing(self, artifact: Artifact) -> Timing | None:
         settings, progress = self.settings, self.context.progress
         if not (settings.measure and self.program.coverage.is_whole):
+            return None
+        if not self.baseline_artifact.manifest["parts"]:
+            return None
+        seconds = min(settings.measure_seconds, _MEASURE_SHARE * self.allowance.seconds_left())
+        if seconds < settings.measure_seconds:
+            shorter = f"for {seconds:.0f} s" if seconds >= 1 else "not at all"
+            self.allowance.say(f"the result was timed {shorter}, to end in time")
+        if seconds < 1:
             return None
         progress.stage("Measuring")
         beside = settings.eager_beside and _fits_eager(self.program)
@@ -265,11 +311,21 @@ class _Maker:
             eager = lower(self.program, "eager")
         timing = measure_speed(
             self.baseline_artifact, artifact, eager, threads=settings.threads,
-            seed=self.context.seed, max_seconds=settings.measure_seconds, progress=progress,
+            seed=self.context.seed, max_seconds=seconds, progress=progress,
         )  # fmt: skip
         self._eager = timing.eager
         progress.end(f"{timing.comparison.pairs} alternated pairs of fresh processes")
         return timing
+
+
+def _weights_alone(program: Program) -> Artifact:
+    """A stand-in for a program that is not lowered: as large as its weights, nothing to run."""
+    size = program.size_bytes()
+    manifest = {
+        "model": program.name, "backend": "", "kind": "weights", "parts": [],
+        "files": {"weights": {"bytes": size, "sha256": ""}},
+    }  # fmt: skip
+    return Artifact(Path(), manifest, program=program)
 
 
 def _count(number: float) -> str:

@@ -18,10 +18,13 @@ from torch import nn
 
 from mopt.errors import InputError, UsageError, quote
 from mopt.json_files import read_json
+from mopt.mapped_weights import mapped_weights, stored_elements
 from mopt.safe_read import check_name, open_file
 from mopt.safetensors_files import read_header
 
 SEQUENCE = 128
+# Weights that take more than this as float32 stay in their files.
+MAPPED_FROM_BYTES = 1 << 30
 _DECODER_SEQUENCE = 32
 _AUDIO_SAMPLES = 16_000
 _MODULES = "modules.json"
@@ -42,11 +45,11 @@ def load_hf_folder(
     transformers = _transformers()
     place, others = _model_folder(folder)
     config_data = _read_table(place / "config.json")
-    _check_weights(place)
+    files = _check_weights(place)
     with _quiet(transformers):
         config = _load_config(transformers, place, config_data)
         cls = _class_of(transformers, config_data, place)
-        model, notes = _load_weights(cls, config, place)
+        model, notes = _load_weights(cls, config, place, files)
     if others:
         notes.append(
             f"{_MODULES} also names {', '.join(others)}: the artifact ends before them, "
@@ -92,17 +95,18 @@ def _model_folder(folder: Path) -> tuple[Path, list[str]]:
     return place, others
 
 
-def _check_weights(place: Path) -> None:
-    """See that the weights are sound safetensors that lie in the folder, or links from it."""
+def _check_weights(place: Path) -> list[Path]:
+    """The files of the weights: sound safetensors that lie in the folder, or links from it."""
     names = [_WEIGHTS] if (place / _WEIGHTS).is_file() else []
     if not names and (place / _INDEX).is_file():
         shards = _read_table(place / _INDEX).get("weight_map")
         names = sorted(set(shards.values())) if isinstance(shards, dict) else []
-    for name in names:
-        with open_file(place.joinpath(*check_name(name, where=_INDEX))) as file:
+    files = [place.joinpath(*check_name(name, where=_INDEX)) for name in names]
+    for path in files:
+        with open_file(path) as file:
             read_header(file)
-    if names:
-        return
+    if files:
+        return files
     pickles = sorted(p.name for p in place.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
     if pickles:
         raise InputError(
@@ -162,14 +166,20 @@ def _own_code_hint(data: Mapping[str, Any]) -> str:
     return "install the version of transformers that the model needs"
 
 
-def _load_weights(cls: Any, config: Any, place: Path) -> tuple[nn.Module, list[str]]:
+def _load_weights(
+    cls: Any, config: Any, place: Path, files: list[Path]
+) -> tuple[nn.Module, list[str]]:
     # Named here, because a configuration may ask for a kernel that is fetched from a hub.
     attention = "sdpa" if getattr(cls, "_supports_sdpa", True) else "eager"
+    # Large models are computed with over their mapped files; the library itself maps them in a way
+    # that counts as memory of this process.
+    large = 4 * stored_elements(files) >= MAPPED_FROM_BYTES
+    source: dict[str, Any] = {"state_dict": mapped_weights(files)} if large else {}
     try:
         model, found = cls.from_pretrained(
-            place, config=config, local_files_only=True, use_safetensors=True,
+            None if large else place, config=config, local_files_only=True, use_safetensors=True,
             trust_remote_code=False, dtype=torch.float32, output_loading_info=True,
-            attn_implementation=attention,
+            attn_implementation=attention, **source,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise InputError(

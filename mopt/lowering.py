@@ -7,7 +7,6 @@ file with its SHA-256; loading checks them all before anything is opened by a ru
 from __future__ import annotations
 
 import shutil
-import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mopt import __version__
+from mopt.disk import scratch_folder
 from mopt.errors import ArtifactError, LoweringError, UsageError, quote
 from mopt.files import write_folder
 from mopt.json_files import json_bytes, parse_json, read_json
@@ -97,10 +97,13 @@ class Artifact:
         """List a file that was written into :attr:`folder` in the manifest."""
         self.manifest["files"][name] = _entry(self.folder / name)
 
-    def save(self, target: str | Path, *, force: bool = False) -> Path:
+    def save(
+        self, target: str | Path, *, force: bool = False, beside: Mapping[str, bytes] | None = None
+    ) -> Path:
         """Write the artifact to ``target``: complete or not at all.
 
-        Raises UsageError when the folder exists and ``force`` is false.
+        ``beside`` are files for people, by name: they have no hash. Raises UsageError when the
+        folder exists and ``force`` is false.
         """
         target = Path(target)
         with write_folder(target, force=force, needed=self.size_bytes) as part:
@@ -109,6 +112,8 @@ class Artifact:
                     shutil.copyfileobj(source, writer, 1 << 20)
             if self.report is not None:
                 part.write(REPORT, self.report.to_json().encode())
+            for name, content in (beside or {}).items():
+                part.write(name, content)
             part.write(MANIFEST, json_bytes(self.manifest))
         return target
 
@@ -167,9 +172,9 @@ def lower(program: Program, backend: str = "onnx", *, target: str = "host") -> A
             code="cannot-lower",
             hint="try --backend eager, or leave these layers out of the recipe with skip=...",
         )
-    folder = Path(tempfile.mkdtemp(prefix="mopt-"))
+    folder, remove = scratch_folder("mopt-artifact")
     artifact = Artifact(folder, {}, program=program)
-    artifact._cleanup = weakref.finalize(artifact, shutil.rmtree, folder, True)
+    artifact._cleanup = weakref.finalize(artifact, remove)
     parts, files = [], {}
     takes_target = "target" in signature_parameters(chosen.lower).parameters
     options = {"target": target} if takes_target else {}
@@ -375,7 +380,10 @@ def _check_manifest(manifest: Any) -> None:
             raise ArtifactError(f"bad entry for file {quote(name)}", code="malformed-manifest")
     paths = []
     for part in manifest["parts"]:
-        if not isinstance(part, dict) or set(part) != {"path", "folder", "signature"}:
+        keys = {"path", "folder", "signature"}
+        if not isinstance(part, dict) or set(part) != keys or not (
+            isinstance(part["path"], str) and isinstance(part["folder"], str)
+        ):  # fmt: skip
             raise ArtifactError("a part is malformed", code="malformed-manifest")
         if part["folder"] and not any(
             n.startswith(part["folder"] + "/") for n in manifest["files"]

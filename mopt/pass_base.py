@@ -26,6 +26,7 @@ from typing import (
 from mopt.errors import LimitError, UsageError, quote
 
 if TYPE_CHECKING:
+    from mopt.allowance import Allowance
     from mopt.budget import Budget
     from mopt.cache import Cache
     from mopt.calibration import Calibration
@@ -80,7 +81,8 @@ class PassContext:
     ``evaluate`` maps a callable with the model's inputs to the user's metric, higher or lower being
     better as the metric says. ``deadline`` is on ``time.monotonic``. ``budget``, ``baseline``,
     ``observations`` and ``allow_slower`` are for passes that choose under a budget; ``cache`` keeps
-    what they measure, None keeps nothing. ``unrounded`` is the program before its first lossy pass,
+    what they measure, None keeps nothing. ``allowance`` is what the whole compile may take.
+    ``unrounded`` is the program before its first lossy pass,
     set by the pipeline unless given: what passes that repair rounding compare with, and never edit.
     """
 
@@ -98,10 +100,13 @@ class PassContext:
     observations: tuple[Observation, ...] = ()
     allow_slower: bool = False
     cache: Cache | None = None
+    allowance: Allowance | None = None
     unrounded: Program | None = None
 
     def check_time(self, doing: str) -> None:
-        """Raise LimitError when the compile's time is up."""
+        """Raise LimitError when the compile's time is up, or it holds more memory than it may."""
+        if self.allowance is not None:
+            self.allowance.check(doing)
         if self.deadline is not None and time.monotonic() > self.deadline:
             raise LimitError(
                 f"time is up while {doing}",

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from mopt.errors import MoptError, PassError, quote
+from mopt.allowance import TIME_IS_UP
+from mopt.errors import LimitError, MoptError, PassError, quote
 from mopt.hashes import tensor_hash
 from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip
 from mopt.program import Program, site_of
@@ -79,7 +80,9 @@ class Pipeline:
 
         ``reference`` is what drift is measured against, ``program`` itself unless given.
         Raises PassError when a pass breaks a promise, naming the pass, the first node whose value
-        differs and its source line; any error of a pass itself is wrapped the same way.
+        differs and its source line; any error of a pass itself is wrapped the same way. Where the
+        context has an allowance whose time is up, the result is what was done until then, if a
+        lossy pass was done.
         """
         ctx = context or PassContext()
         before = {path: _outputs(part) for path, part in program.parts().items()}
@@ -90,10 +93,17 @@ class Pipeline:
         steps: list[Step] = list(program.steps)
         for index, one in enumerate(self.passes):
             ctx.progress.step(index, len(self.passes), f"passes, now {one.pass_name}")
-            ctx.check_time(f"running {one.pass_name}")
             given = replace(ctx, unrounded=unrounded)
             lossless = current is unrounded and one.numerics is not Numerics.LOSSY
-            current, before, step = _run_one(one, current, before, captured, given)
+            try:
+                ctx.check_time(f"running {one.pass_name}")
+                current, before, step = _run_one(one, current, before, captured, given)
+            except LimitError as error:
+                has_some = any(s.changed and s.numerics == Numerics.LOSSY.value for s in steps)
+                if error.code != TIME_IS_UP or ctx.allowance is None or not has_some:
+                    raise
+                ctx.allowance.stop(error.message, one.pass_name)
+                break
             unrounded = current if lossless else unrounded
             steps.append(step)
             for watcher in self.watchers:

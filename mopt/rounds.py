@@ -10,6 +10,7 @@ from mopt.budget import Budget
 from mopt.choice import Observation
 from mopt.cost import ModelCost
 from mopt.lowering import Artifact
+from mopt.memory_moment import fullest_moment
 from mopt.program import Program
 from mopt.proof import Parity, Quality, Timing
 
@@ -67,10 +68,23 @@ class Attempt:
                     constraint.what == "latency" and self.timing is None
                 )
                 word = "estimated" if guessed else "found"
+                why = self._plan_needs() if constraint.what == "memory" else ""
                 missed.append(
                     f"{constraint.text} ({word} {value:.6g}, limit {constraint.limit(base):.6g})"
+                    f"{why}"
                 )
         return missed
+
+    def _plan_needs(self) -> str:
+        """Which moment of the memory plan binds, with its buffers; empty without a plan."""
+        plan = self.result.plan.get("memory")
+        moment = fullest_moment(plan) if plan else None
+        if plan is None or moment is None:
+            return ""
+        least = "no order and no layout needs less"
+        if plan["gap"]:
+            least = f"at most {100 * plan['gap']:.2g} % more than any order and layout"
+        return f"; beside the weights the plan needs {moment.text()}; {least}"
 
     def excess(self, budget: Budget, baseline: Artifact) -> float:
         """How far the measured values are outside, relative to the limits; 0 is inside."""
@@ -131,18 +145,22 @@ def close_loop(
     baseline: Artifact,
     *,
     allow_slower: bool,
+    another: Callable[[], bool] = lambda: True,
 ) -> tuple[Attempt, list[dict[str, Any]]]:
     """The best attempt of at most three rounds, and the story of all of them.
 
     A round ends the search when it meets the budget, is not slower than uncompressed and uses the
     quality it may lose, or when the same would be chosen again. If every round was slower, or lost
     too much where only quality is limited, nothing is compressed. The best is the one inside the
-    budget with the least of what is minimized; if there is none, the one nearest to it.
+    budget with the least of what is minimized; if there is none, the one nearest to it. ``another``
+    says before every round but the first whether there is time for it.
     """
     attempts: list[Attempt] = []
     story: list[dict[str, Any]] = []
     seen: tuple[Observation, ...] = ()
     for _ in range(ROUNDS):
+        if attempts and not another():
+            break
         result = choose(seen)
         if any(attempt.formats == formats_of(result) for attempt in attempts):
             break

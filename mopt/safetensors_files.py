@@ -189,10 +189,33 @@ def read_torch(
     They share a private mapping of the file: memory is taken when a value is used, and writing to
     one never reaches the file. ``expected`` is as for ``read_numpy``.
     """
+    return _read_torch(source, expected, limits, private_copy=True)
+
+
+def map_torch(
+    source: OpenFile | str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS
+) -> dict[str, torch.Tensor]:
+    """As ``read_torch``, over a mapping that is read-only: writing to a tensor ends the process.
+
+    Such pages never become memory of their own, whatever is done with the tensors.
+    """
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that they are read-only is known here
+        return _read_torch(source, None, limits, private_copy=False)
+
+
+def _read_torch(
+    source: OpenFile | str | os.PathLike[str],
+    expected: Mapping[str, tuple[str, tuple[int, ...]]] | None,
+    limits: Limits,
+    private_copy: bool,
+) -> dict[str, torch.Tensor]:
     import torch
 
     result = {}
-    header, buffer = _load(source, expected, limits, private_copy=True)
+    header, buffer = _load(source, expected, limits, private_copy)
     for key, info in header.tensors.items():
         count, (width, _, name) = math.prod(info.shape), _DTYPES[info.dtype]
         dtype, offset = getattr(torch, name), header.data_start + info.start

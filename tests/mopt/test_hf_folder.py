@@ -236,3 +236,24 @@ def test_an_index_may_not_name_files_outside(bert_folder: Path, tmp_path: Path) 
     with pytest.raises(MoptError) as raised:
         load_source(f"hf:{folder}")
     assert raised.value.code == "unsafe-path"
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
+def test_large_weights_stay_in_their_files(
+    half: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(gpt2().half() if half else gpt2(), tmp_path / "folder")
+    copied = load_source(f"hf:{folder}").model
+    monkeypatch.setattr("mopt.hf_folder.MAPPED_FROM_BYTES", 1)
+    mapped = load_source(f"hf:{folder}").model
+    for name, weight in copied.state_dict().items():
+        found = mapped.state_dict()[name]
+        assert found.dtype == weight.dtype and torch.equal(found, weight), name
+    pages = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    files = [
+        [int(end, 16) for end in line[0].split("-")] for line in pages
+        if len(line) > 5 and "w" not in line[1]
+        and ("(deleted)" in line or "folder" in line[5])
+    ]  # fmt: skip
+    for name, parameter in mapped.named_parameters():
+        assert any(low <= parameter.data_ptr() < high for low, high in files), name
