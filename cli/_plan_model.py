@@ -118,6 +118,8 @@ def _write_files(
 
 
 def _show(out: Output, model: str, plan: dict[str, Any]) -> None:
+    from mopt.memory_moment import fullest_moment
+
     out.text(model, bold=True)
     peak, before = plan["peak_bytes"], plan["input_order_bytes"]
     rows = [
@@ -126,10 +128,12 @@ def _show(out: Output, model: str, plan: dict[str, Any]) -> None:
         ["results in the order as written", memory_size(before), plan["order_from"]],
     ]
     out.table([Column(""), Column("planned", right=True), Column("")], rows)
-    alive = _at_the_peak(plan)
+    moment = fullest_moment(plan)
+    alive = moment.buffers if moment else ()
     out.text()
-    out.text(f"{plural(len(alive), 'buffer')} at the fullest step:")
-    shown = sorted(alive, key=lambda row: (-row["bytes"], row["offset"]))[:_SHOWN]
+    fullest = f", {moment.step} ({moment.node})" if moment else ""
+    out.text(f"{plural(len(alive), 'buffer')} at the fullest step{fullest}:")
+    shown = alive[:_SHOWN]
     out.table(
         [Column("made by"), Column("bytes", right=True), Column("offset", right=True),
          Column("steps", right=True)],
@@ -144,17 +148,6 @@ def _show(out: Output, model: str, plan: dict[str, Any]) -> None:
 
 def _gap(gap: float) -> str:
     return "reached" if gap == 0 else f"{100 * gap:.2g} % above it"
-
-
-def _at_the_peak(plan: dict[str, Any]) -> list[dict[str, Any]]:
-    """The buffers alive at the step with most bytes, memory that is taken over once."""
-    buffers = [row for row in plan["buffers"] if row["bytes"]]
-    best: list[dict[str, Any]] = []
-    for step in range(len(plan["steps"])):
-        alive = {row["offset"]: row for row in buffers if row["lower"] <= step < row["upper"]}
-        if sum(r["bytes"] for r in alive.values()) > sum(r["bytes"] for r in best):
-            best = list(alive.values())
-    return best
 
 
 def _show_moves(out: Output, model: str, plan: Mapping[str, Any]) -> None:
