@@ -10,7 +10,10 @@ from mopt.cli._text import disk_size, milliseconds
 from mopt.errors import ArtifactError, UsageError, unknown_name
 
 BUDGET = "budget"
-_UNITS = {"size": (1e6, "MB"), "memory": (1e6, "MB"), "latency": (1.0, "ms"), "loss": (0.01, "%")}
+_UNITS = {
+    "size": (1e6, "MB"), "memory": (1e6, "MB"), "latency": (1.0, "ms"), "energy": (1.0, "mJ"),
+    "loss": (0.01, "%"),
+}  # fmt: skip
 
 
 def show_why(out: Output, report: Mapping[str, Any] | None, what: str) -> None:
@@ -134,7 +137,12 @@ def _budget(report: Mapping[str, Any]) -> dict[str, Any]:
             for one in report["rounds"]
         ],
         "kept_all": choice.get("kept_all"),
-    }
+        "widths": [
+            {"path": str(one["path"]), "kind": str(one["kind"]), "kept": int(one["kept"]),
+             "of": int(one["of"]), "chosen": str(one["chosen"])}
+            for one in choice.get("widths", [])
+        ],
+    }  # fmt: skip
 
 
 def _show_budget(out: Output, data: Mapping[str, Any]) -> None:
@@ -160,6 +168,9 @@ def _show_budget(out: Output, data: Mapping[str, Any]) -> None:
             out.text(f"round {number} missed {text}")
         if one["slower"]:
             out.text(f"round {number} was slower than uncompressed, measured")
+    for one in data["widths"]:
+        if one["kept"] < one["of"]:
+            out.text(f"narrower {one['path']}: {one['kept']} of {one['of']} {one['kind']} kept")
     if data["kept_all"]:
         out.text(f"kept all {data['kept_all']}")
 
@@ -169,4 +180,6 @@ def _amount(name: str, value: float | None) -> str:
         return ""
     if name in ("size", "memory"):
         return disk_size(int(value))
+    if name == "energy":
+        return f"{value:.3g} mJ"
     return milliseconds(value) if name == "latency" else f"{100 * value:.3g} %"

@@ -130,10 +130,13 @@ class Attempt:
 
 
 def formats_of(program: Program) -> dict[str, str]:
-    """The format of every layer that has one, over all parts."""
+    """What was chosen, over all parts: formats by layer, and widths by ``width of`` a layer."""
     found: dict[str, str] = {}
     for part in program.parts().values():
         found.update(part.plan.get("formats", {}))
+        for width in part.plan.get("choice", {}).get("widths", ()):
+            if width["chosen"] != "original":
+                found[f"width of {width['path']}"] = width["chosen"]
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mopt.cost import CostModel, LayerRequest
+from mopt.effects import argument
 from mopt.errors import UsageError
 from mopt.flops import ModelSize, size_hint
 from mopt.formats import find_format
@@ -51,7 +52,7 @@ class Option:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """What a layer's calls take in a format: ms, mJ if known, and how the time is known."""
 
     latency_ms: float
@@ -59,7 +60,7 @@ class _Run:
     source: str
 
 
-_UNKNOWN = _Run(0.0, None, "estimated")
+_UNKNOWN = Run(0.0, None, "estimated")
 
 
 @dataclass
@@ -180,9 +181,9 @@ def fill_options(
             _add_option(program, one, name, model, _NOISE * total, allow_slower)
 
 
-def _joined_runs(runs: Sequence[_Run]) -> _Run:
+def _joined_runs(runs: Sequence[Run]) -> Run:
     energies = [run.energy_mj for run in runs]
-    return _Run(
+    return Run(
         sum(run.latency_ms for run in runs),
         None if None in energies else sum(e for e in energies if e is not None),
         _worst({run.source for run in runs}),
@@ -210,7 +211,7 @@ def _add_option(
 ) -> None:  # fmt: skip
     formats: dict[str, str] = {}
     border = 0.0
-    runs: list[_Run] = []
+    runs: list[Run] = []
     for layer in one.layers:
         own = "int8-row" if layer.kind == "embedding" and name in _SHARED_CODES else name
         reason = find_format(own).check(layer, program.weight(layer.weight))
@@ -259,7 +260,7 @@ def _bytes(program: Program, one: Sites, formats: Mapping[str, str]) -> float:
 
 def _run(
     model: CostModel | None, layer: Layer, name: str, one: Sites, *, alone: bool = True
-) -> _Run | None:
+) -> Run | None:
     """What all calls of a layer take, None where there is no kernel.
 
     ``alone`` counts the conversions of a layer in 8 bits between float ones.
@@ -278,8 +279,21 @@ def _run(
                 return None
             raise
         source = "measured" if cost.level == "measured" else "estimated"
-        runs.append(_Run(cost.milliseconds, cost.energy_mj, source))
+        runs.append(Run(cost.milliseconds, cost.energy_mj, source))
     return _joined_runs(runs)
+
+
+def requests_at(layer: Layer, name: str, one: Sites, shape: tuple[int, ...]) -> list[LayerRequest]:
+    """What all calls of a layer would ask of a cost model if its weight had another shape."""
+    narrow = replace(layer, shape=shape)
+    return [asked for call in layer.calls for asked in _requests(narrow, call, name, one)]
+
+
+def format_run(
+    model: CostModel, layer: Layer, name: str, one: Sites, shape: tuple[int, ...]
+) -> Run:
+    """What a layer's calls take in a format if its weight had another shape."""
+    return _run(model, replace(layer, shape=shape), name, one) or _UNKNOWN
 
 
 def _requests(layer: Layer, call: Any, name: str, one: Sites) -> list[LayerRequest]:
@@ -297,7 +311,15 @@ def _request(layer: Layer, call: Any, name: str, one: Sites) -> LayerRequest:
     sharers = sum(other.kind == "linear" for other in one.layers) if layer.kind == "linear" else 1
     if layer.kind == "embedding":
         return LayerRequest(layer.kind, tuple(layer.shape), name, _rows(call))
-    return replace(layer_request(call, layer.shape), weight_format=name, sharers=sharers)
+    groups = _convolution_groups(layer, call) if layer.kind == "convolution" else None
+    return replace(layer_request(call, layer.shape, groups), weight_format=name, sharers=sharers)
+
+
+def _convolution_groups(layer: Layer, call: Any) -> int:
+    """The groups of a convolution; of one asked about at another width, as many of those stay."""
+    groups = int(argument(call, "groups"))
+    outputs = size_hint(layer.weight.meta["val"].shape[0])
+    return max(1, groups * layer.shape[0] // outputs) if groups > 1 else 1
 
 
 def _is_widened(layer: Layer, call: Any, name: str, model: ModelSize) -> bool:

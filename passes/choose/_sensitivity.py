@@ -66,12 +66,25 @@ class Losses:
 
     def exact(self, formats: Mapping[str, str], *, fitted: bool = False) -> float:
         """The loss with these formats (by layer path) in place of the originals."""
+
+        def change(program: Program, ctx: PassContext) -> None:
+            self.place(program, formats, ctx, fitted=fitted)
+
+        key = {"formats": dict(formats), "fitted": fitted}
+        return self._known(key, lambda: self._measure(change, dict(formats), renames=True))
+
+    def changed(
+        self, change: Callable[[Program, PassContext], None], key: Mapping[str, Any]
+    ) -> float:
+        """The loss after ``change`` was made to a copy; ``key`` tells it from all others."""
+        return self._known(key, lambda: self._measure(change, dict(key), renames=False))
+
+    def _known(self, key: Mapping[str, Any], measure: Callable[[], float]) -> float:
         cache = self.ctx.cache
         if cache is None:
-            return self._measure(formats, fitted)
+            return measure()
         before = self.measured
-        key = {**self._what(), "formats": dict(formats), "fitted": fitted}
-        value = float(cache.remember("sensitivity", key, lambda: self._measure(formats, fitted)))
+        value = float(cache.remember("sensitivity", {**self._what(), **key}, measure))
         self.cached += self.measured == before
         return value
 
@@ -91,11 +104,15 @@ class Losses:
             }
         return self._key
 
-    def _measure(self, formats: Mapping[str, str], fitted: bool) -> float:
-        self.ctx.check_time(f"measuring what {next(iter(formats.values()), 'nothing')} costs")
+    def _measure(
+        self, change: Callable[[Program, PassContext], None], what: Mapping[str, Any], *,
+        renames: bool,
+    ) -> float:  # fmt: skip
+        """``renames`` says that nodes whose values change get new names."""
+        self.ctx.check_time("measuring what candidates cost")
         self.measured += 1
         changed = self.program.copy()
-        self.place(changed, formats, self._context(), fitted=fitted)
+        change(changed, self._context())
         changed.graph_module.recompile()
         if self.loss == "metric":
             assert self.ctx.evaluate is not None
@@ -105,7 +122,7 @@ class Losses:
             return max(found.loss_against(self._base_metric), 0.0)
         total, meter, rows = 0.0, DriftMeter(), 0
         for index in range(len(self.batches)):
-            expected, outputs = self._reference_outputs(index), self._run(changed, index)
+            expected, outputs = self._reference_outputs(index), self._run(changed, index, renames)
             if self.loss == "cosine":
                 meter.add(expected, outputs)
                 continue
@@ -116,7 +133,7 @@ class Losses:
         result = 1.0 - meter.result().cosine if self.loss == "cosine" else total / max(rows, 1)
         if result != result:
             raise InputError(
-                f"outputs become NaN with {dict(formats)}", code="non-finite-activation",
+                f"outputs become NaN with {dict(what)}", code="non-finite-activation",
                 hint="leave the layer out with skip=...",
             )  # fmt: skip
         return max(result, 0.0)
@@ -153,10 +170,10 @@ class Losses:
         limit = min(_KEEP_BYTES, self.ctx.max_memory_bytes or _KEEP_BYTES)
         self._kept = kept if safe and spent <= limit else None
 
-    def _run(self, changed: Program, index: int) -> list[Tensor]:
+    def _run(self, changed: Program, index: int, renames: bool) -> list[Tensor]:
         self._reference_outputs(index)
         args, kwargs = self.batches[index]
-        if self._kept is None:
+        if self._kept is None or not renames:
             return flat_tensors(changed.run_flat(*args, **kwargs))
         values = self._kept[index]
         known: dict[fx.Node, Any] = {}

@@ -33,6 +33,7 @@ from mopt.passes.choose._neighbours import (
     saved_times,
 )
 from mopt.passes.choose._options import (
+    ORIGINAL,
     Sites,
     fill_options,
     format_names,
@@ -43,6 +44,14 @@ from mopt.passes.choose._place import is_fitted, place
 from mopt.passes.choose._program import Problem, Solution
 from mopt.passes.choose._sensitivity import Losses, estimate
 from mopt.passes.choose._solver import solve
+from mopt.passes.choose._widths import (
+    Crossing,
+    Widths,
+    crossed,
+    fill_losses,
+    find_widths,
+    price,
+)
 from mopt.program import Program
 
 # Groups in which fitted codes are compared with rounding to nearest, per format.
@@ -94,6 +103,9 @@ class ChooseFormats(Pass):
     )  # fmt: skip
     gap: float = option(0.001, min=0, max=1, help="how far from the best the choice may be")
     seconds: float = option(60.0, min=0.1, help="time limit of the solver")
+    widths: bool = option(
+        True, help="narrower layers are candidates where 2 percent of quality may be lost"
+    )
     min_size: int = option(4096, min=0, help="leave layers with fewer weights alone")
 
     def __post_init__(self) -> None:
@@ -124,18 +136,27 @@ class ChooseFormats(Pass):
         learned = Corrections.learn(ctx.observations, baseline, budget)
         if not ctx.allow_slower:
             refuse_measured_slower(sites, learned)
-        spent, together = self._fill_losses(program, ctx, sites)
+        widths, crossing = self._widths(program, ctx, budget, sites)
+        spent, together = self._fill_losses(program, ctx, sites, widths)
         limits = read_limits(budget, sites, baseline, learned, ctx.observations)
-        problem, solution = self._solve(program, ctx, sites, limits, learned, together)
+        problem, solution = self._solve(
+            program, ctx, sites, limits, learned, together, widths.sites(), crossing
+        )
         chosen = {
             path: name
-            for one, index in zip(sites, solution.choice, strict=True)
+            for one, index in zip(sites, solution.choice, strict=False)
             for path, name in one.options[index].formats.items()
         }
+        narrowed = [
+            one.options[index].name
+            for one, index in zip(widths.sites(), solution.choice[len(sites) :], strict=True)
+        ]
+        widths.apply(program, narrowed, ctx)
         place(program, chosen, ctx, fitted=self._fits(ctx))
         kept = {p: n for p, n in program.plan.get("formats", {}).items() if p in chosen}
         program.plan["choice"] = {
-            **explain(sites, left, problem, solution, limits, learned),
+            **explain([*sites, *widths.sites()], left, problem, solution, limits, learned),
+            "widths": widths.explain(narrowed),
             "budget": budget.texts(),
             "baseline": {"size": baseline.size_bytes, "latency": limits.whole_ms},
             "sensitivity": spent,
@@ -144,12 +165,12 @@ class ChooseFormats(Pass):
         skipped = [Skip(path, reason) for path, reason in left.items()]
         skipped += [
             Skip(layer.path, "the choice under the budget keeps it as it is")
-            for one, index in zip(sites, solution.choice, strict=True)
+            for one, index in zip(sites, solution.choice, strict=False)
             for layer in one.layers
             if not one.options[index].formats
         ]
         return PassResult(
-            changed=bool(kept),
+            changed=bool(kept) or any(name != ORIGINAL for name in narrowed),
             stats={
                 "layers": len(kept), "formats": kept, "groups": len(sites),
                 "candidates": sum(len(one.options) for one in sites), "status": solution.status,
@@ -160,7 +181,8 @@ class ChooseFormats(Pass):
 
     def _solve(
         self, program: Program, ctx: PassContext, sites: list[Sites], limits: Limits,
-        learned: Corrections, together: Sequence[Interaction],
+        learned: Corrections, together: Sequence[Interaction], narrower: Sequence[Sites],
+        crossing: Sequence[Crossing],
     ) -> tuple[Problem, Solution]:  # fmt: skip
         """Solve, and again without what turns out to be slower where it was chosen."""
         near = find_neighbours(program, sites)
@@ -168,8 +190,9 @@ class ChooseFormats(Pass):
             pairs = merged([
                 *saved_times(sites, near, lambda option_: max(learned.saving(option_), 0.0)),
                 *placed(sites, together),
+                *crossed(sites, narrower, crossing),
             ])  # fmt: skip
-            problem = make_problem(sites, limits, learned, pairs)
+            problem = make_problem([*sites, *narrower], limits, learned, pairs)
             solution = solve(problem, gap=self.gap, seconds=self.seconds)
             slower = slower_where_chosen(sites, problem, solution)
             if ctx.allow_slower or not slower:
@@ -212,8 +235,19 @@ class ChooseFormats(Pass):
 
     # ---- losses
 
+    def _widths(
+        self, program: Program, ctx: PassContext, budget: Budget, sites: Sequence[Sites]
+    ) -> tuple[Widths, list[Crossing]]:
+        if not (self.widths and allows_loss(budget) and ctx.calibration and ctx.cost_model):
+            return Widths.none(program), []
+        widths = find_widths(program, ctx, self.selects)
+        return widths, price(
+            widths, sites, ctx.cost_model, allow_slower=ctx.allow_slower,
+            report=lambda done, total: ctx.progress.step(done, total, "timings of widths"),
+        )  # fmt: skip
+
     def _fill_losses(
-        self, program: Program, ctx: PassContext, sites: Sequence[Sites]
+        self, program: Program, ctx: PassContext, sites: Sequence[Sites], widths: Widths
     ) -> tuple[dict[str, Any], list[Interaction]]:
         """Fill in what every option costs in quality; how that was found, and what pairs add."""
         calls = [(program.args, program.kwargs)]
@@ -238,6 +272,7 @@ class ChooseFormats(Pass):
             error = self._estimate_losses(program, ctx, sites, losses, exact, kind)
         if self._fits(ctx):
             _scale_to_fitted(sites, losses, ctx)
+        fill_losses(widths, losses, ctx)
         return {
             "loss": kind, "batches": len(calls), "exact": losses.measured, "cached": losses.cached,
             "estimated": sum(option_.loss_source == "estimated" for _, option_ in work),

@@ -74,3 +74,18 @@ def test_needs_an_artifact_that_was_chosen(mopt: Call, net: str) -> None:
     model = mopt("inspect", net, "--why", "budget")
     assert model.code == 2
     assert "for the folder of an artifact" in model.err
+
+
+def test_shows_what_became_narrower(mopt: Call, place: Path) -> None:
+    idle = FACTORY.replace(
+        "return {",
+        "model[0].weight.data[::2], model[0].bias.data[::2] = 0.0, -1.0\n    return {"
+        "'calibration': [(torch.randn(4, 64),) for _ in range(64)], ",
+    )
+    (place / "idle.py").write_text(idle)
+    done = mopt("compile", "idle.py:factory", "-o", "idle", "--no-measure", "--budget",
+                "quality>=0.9x", "--budget", "minimize=size", "--set",
+                "choose-formats.min_size=0", "--allow-slower")  # fmt: skip
+    assert done.code == 0, done.err
+    shown = mopt("inspect", "idle", "--why", "budget")
+    assert "narrower 0: 64 of 128 neurons kept" in shown.out
