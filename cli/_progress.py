@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 STILL_WORKING_EVERY = 30.0
+_log = logging.getLogger("mopt.stages")
 _STAGE_WIDTH = 12
 _DETAIL_WIDTH = 62
 
@@ -74,6 +76,7 @@ class ConsoleProgress(Progress):
         took = seconds(time.monotonic() - self._started)
         name = self._stage
         self.close()
+        _log.info("%s: %s (%s)", name, detail, took)
         self._out.note(f"{name:<{_STAGE_WIDTH}} {detail:<{_DETAIL_WIDTH}} {took:>8}")
 
     # ---- life

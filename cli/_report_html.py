@@ -33,6 +33,7 @@ from mopt.cli._report_parts import (
     texts,
     trade_off,
 )
+from mopt.cli._report_training import training_plan, training_section
 from mopt.cli._summary import remarks, result_rows
 from mopt.cli._text import change, count, disk_size, memory_size, milliseconds, plural, seconds
 
@@ -43,6 +44,26 @@ _SKIPS_TOLD = 400
 def html_page(given: Given) -> str:
     """The whole page."""
     report = given.report
+    if "layers" not in report:
+        return _page("training step", [_training_head(report), training_section(report, _table)])
+    sections = [
+        _summary(report), _trade_off(report), _layers(report), _memory(given.plan),
+        training_section(report, _table), _guesses(report), _steps(report), _coverage(report),
+        _environment(report),
+    ]  # fmt: skip
+    return _page(report["model"], sections, inline_json(_inlined(report)))
+
+
+def _training_head(report: Mapping[str, Any]) -> Html:
+    plan = training_plan(report)
+    return tag(
+        "section",
+        tag("h1", text(plan.get("model")) or "training step"),
+        tag("p", f"optimizer: {text(plan.get('optimizer'))}; nothing was run", class_="soft"),
+    )
+
+
+def _page(title: str, sections: Sequence[Html], data: str = '{"layers":[]}') -> str:
     style, script = _own_parts()
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
@@ -53,17 +74,11 @@ def html_page(given: Given) -> str:
         tag("meta", charset="utf-8"),
         tag("meta", http_equiv="Content-Security-Policy", content=policy),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", f"{report['model']} - mopt report"),
+        tag("title", f"{title} - mopt report"),
         Html(f"<style>{style}</style>"),
     )
-    sections = [
-        _summary(report), _trade_off(report), _layers(report), _memory(given.plan),
-        _guesses(report), _steps(report), _coverage(report), _environment(report),
-    ]  # fmt: skip
-    data = Html(
-        f'<script type="application/json" id="data">{inline_json(_inlined(report))}</script>'
-    )
-    body = tag("body", tag("main", *sections), data, Html(f"<script>{script}</script>"))
+    inlined = Html(f'<script type="application/json" id="data">{data}</script>')
+    body = tag("body", tag("main", *sections), inlined, Html(f"<script>{script}</script>"))
     return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
 
 

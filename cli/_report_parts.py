@@ -38,19 +38,23 @@ class Block:
     offset: int | None
 
 
-def read_given(folder: str | Path) -> Given:
-    """Report and plan of an artifact. Raises ArtifactError ``no-report``, or what reading does."""
-    report = read_stored_report(folder)
+def read_given(folder: str | Path, *, or_training: bool = False) -> Given:
+    """Report and plan of an artifact. Raises ArtifactError ``no-report``, or what reading does.
+
+    ``or_training`` is as for ``read_stored_report``.
+    """
+    report = read_stored_report(folder, or_training=or_training)
     if report is None:
         raise ArtifactError(
             f"{str(folder)!r} holds no report.json",
             code="no-report",
             hint="mopt compile writes one; mopt.lower alone does not",
         )
-    return Given(report, _read_plan(folder))
+    return Given(report, read_plan(folder))
 
 
-def _read_plan(folder: str | Path) -> dict[str, Any] | None:
+def read_plan(folder: str | Path) -> dict[str, Any] | None:
+    """The memory plan in a folder, None without one. Raises what reading JSON does."""
     from mopt.json_files import parse_json
     from mopt.limits import DEFAULT_LIMITS
     from mopt.safe_read import Folder
@@ -109,13 +113,16 @@ def chosen_candidate(layer: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def blocks(plan: Mapping[str, Any]) -> list[Block]:
-    """The buffers of a memory plan that hold bytes for some time."""
+    """The buffers of a memory plan that hold bytes for some time, each from when the one whose
+    memory it takes over, if any, is done."""
     found = []
-    for index, row in enumerate(rows(plan.get("buffers"))):
+    listed = rows(plan.get("buffers"))
+    ends = {text(row.get("id")): count(row.get("upper")) for row in listed}
+    for index, row in enumerate(listed):
         lower, upper, size = (count(row.get(key)) for key in ("lower", "upper", "bytes"))
+        if lower is not None and row.get("shares") is not None:
+            lower = max(lower, ends.get(text(row.get("shares"))) or 0)
         if lower is None or upper is None or not size or upper <= lower:
-            continue
-        if row.get("shares") is not None:  # the bytes of another buffer
             continue
         offset = count(row.get("offset")) if row.get("where") == "arena" else None
         found.append(Block(text(row.get("id"), f"buffer {index}"), lower, upper, size, offset))

@@ -14,8 +14,12 @@ Check = Callable[[Any], bool]
 _LEAST, _MOST = 1e-100, 1e100
 
 
-def read_stored_report(folder: str | Path) -> dict[str, Any] | None:
+def read_stored_report(
+    folder: str | Path, *, or_training: bool = False
+) -> dict[str, Any] | None:
     """The content of ``report.json``, or None when the artifact has none.
+
+    With ``or_training`` it may also be the report of a training plan, which has no layers.
 
     Raises ArtifactError ``malformed-report`` naming the first key that is not as it should be.
     """
@@ -33,7 +37,10 @@ def read_stored_report(folder: str | Path) -> dict[str, Any] | None:
             code="report-schema",
             hint="install the mopt that made it, or compile again",
         )
-    wrong = _first_wrong(data, _REPORT, "")
+    # mopt train-plan writes the plan of a step alone.
+    alone = or_training and "training" in data and "layers" not in data
+    wanted = {"training": _is_table} if alone else _REPORT
+    wrong = _first_wrong(data, wanted, "")
     if wrong:
         raise ArtifactError(
             f"report.json: {wrong} is missing or malformed",
@@ -64,6 +71,10 @@ def _count(value: Any) -> bool:
 
 def _positive(value: Any) -> bool:
     return _number(value) and value > 0
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def _sizes(value: Any) -> bool:

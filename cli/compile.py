@@ -15,6 +15,7 @@ Examples:
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +24,13 @@ import click
 
 from mopt.budget import Budget
 from mopt.cli._command import Command, option
+from mopt.cli._log import NAME as LOG
+from mopt.cli._log import Log
 from mopt.cli._output import Output
 from mopt.cli._progress import ConsoleProgress
 from mopt.cli._summary import show_result
 from mopt.cli._text import seconds
+from mopt.cli.report import PAGE
 from mopt.errors import BudgetNotMet, UsageError
 from mopt.files import check_target
 from mopt.model_source import (
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
     from mopt.model_source import ModelSource
     from mopt.pipeline import Step
 
+_log = logging.getLogger("mopt.compile")
 _CALIBRATION_HELP = """Calibration data: module:name or file.py:name of an iterable of inputs (or of
 a function that returns one), or FILE.npz. In an npz file arrays are named as the model's inputs;
 each holds samples along the first axis (cut into batches as large as the example's), or batches
@@ -118,12 +123,12 @@ along one more axis in front, or there is one array a batch, named x.0, x.1 and 
     "--max-minutes",
     type=click.FloatRange(min=0, min_open=True),
     metavar="M",
-    help="Give up when the compile takes longer.",
+    help="Take cheaper paths near this, and stop with what there is after it.",
 )
 @option(
     "--max-memory",
     metavar="SIZE",
-    help="Give up when calibration holds more activations than this, such as 2GiB.",
+    help="Memory mopt may hold itself, such as 4GiB: it takes cheaper paths, and stops above it.",
 )
 @click.pass_obj
 def command(out: Output, model: str, **options: Any) -> None:  # fmt: skip
@@ -140,7 +145,7 @@ def command(out: Output, model: str, **options: Any) -> None:  # fmt: skip
     target = options["output"] or f"out/{source_name.name}"
     check_target(target, options["force"])
     missed: BudgetNotMet | None = None
-    with out.user_code(), ConsoleProgress(out) as progress:
+    with Log(out) as log, out.user_code(), ConsoleProgress(out) as progress:
         progress.stage("Loading", model)
         _check_choices(chosen, options)
         for notice in filter(None, (one.notice(options["backend"]) for one in chosen.passes())):
@@ -150,10 +155,22 @@ def command(out: Output, model: str, **options: Any) -> None:  # fmt: skip
             artifact = _compile(source, chosen, options, progress, out)
         except BudgetNotMet as error:
             missed, artifact = error, error.artifact
-    folder = artifact.save(target, force=options["force"])
+    beside = {LOG: log.text().encode(), PAGE: _page(artifact).encode()}
+    folder = artifact.save(target, force=options["force"], beside=beside)
     _show(out, artifact, folder, missed)
     if missed is not None:
         raise missed
+
+
+def _page(artifact: Artifact) -> str:
+    from mopt.cli._report_html import html_page
+    from mopt.cli._report_parts import PLAN, Given, read_plan
+
+    assert artifact.report is not None
+    has_plan = PLAN in artifact.manifest["files"]
+    return html_page(
+        Given(artifact.report.data, read_plan(artifact.folder) if has_plan else None)
+    )
 
 
 def _recipe(name: str, settings: tuple[str, ...]) -> Recipe:
@@ -218,6 +235,9 @@ def _compile(
     from mopt.driver import Settings, compile
 
     def tell(step: Step) -> None:
+        _log.debug("%s: changed %s, %.3f s", step.name, step.changed, step.seconds)
+        for skip in step.skipped:
+            _log.debug("%s left %s alone: %s", step.name, skip.site or "the model", skip.reason)
         if out.verbose:
             done = "changed" if step.changed else "unchanged"
             skipped = f", {len(step.skipped)} skipped" if step.skipped else ""

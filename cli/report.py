@@ -69,7 +69,7 @@ def render(folder: str | Path, form: str) -> str:
     from mopt.cli._report_parts import read_given
     from mopt.cli._report_trace import trace_json
 
-    given = read_given(folder)
+    given = read_given(folder, or_training=form in ("html", "json"))
     if form == "json":
         return json.dumps(given.report, indent=2, sort_keys=True, allow_nan=False) + "\n"
     draw = {"html": html_page, "md": markdown_report, "trace": trace_json}[form]

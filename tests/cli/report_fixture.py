@@ -71,6 +71,24 @@ def plan() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def training() -> dict[str, Any]:
+    """The plan of a training step of four layers."""
+    rows = [
+        {"layer": f"blocks.{i}", "kept_bytes": 4096 * i, "squeezed_bytes": 2048, "dropped_bytes":
+         8192 - 2048 * i, "offloaded_bytes": 1024 * (i % 2), "repeated_calls": i,
+         "repeated_seconds": 0.001 * i}
+        for i in range(4)
+    ]  # fmt: skip
+    live = [4096, 8192, 12288, 9000, 4000]
+    return {
+        "model": "char-lm", "optimizer": "adamw", "budget": 16384, "peak": 12288,
+        "plain_peak": 20000, "peak_bound": 11000, "repeated_seconds": 0.006, "step_seconds": 0.1,
+        "layers": rows, "plain_timeline": [8192, 16000, 20000, 9000],
+        "timeline": [{"call": "linear", "layer": "blocks.0", "kind": "forward", "bytes": size}
+                     for size in live],
+    }  # fmt: skip
+
+
 def write_artifact(
     folder: Path, data: dict[str, Any] | None = None, memory: dict[str, Any] | None = None
 ) -> str:
