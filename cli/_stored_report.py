@@ -14,9 +14,7 @@ Check = Callable[[Any], bool]
 _LEAST, _MOST = 1e-100, 1e100
 
 
-def read_stored_report(
-    folder: str | Path, *, or_training: bool = False
-) -> dict[str, Any] | None:
+def read_stored_report(folder: str | Path, *, or_training: bool = False) -> dict[str, Any] | None:
     """The content of ``report.json``, or None when the artifact has none.
 
     With ``or_training`` it may also be the report of a training plan, which has no layers.

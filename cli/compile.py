@@ -168,9 +168,7 @@ def _page(artifact: Artifact) -> str:
 
     assert artifact.report is not None
     has_plan = PLAN in artifact.manifest["files"]
-    return html_page(
-        Given(artifact.report.data, read_plan(artifact.folder) if has_plan else None)
-    )
+    return html_page(Given(artifact.report.data, read_plan(artifact.folder) if has_plan else None))
 
 
 def _recipe(name: str, settings: tuple[str, ...]) -> Recipe:
