@@ -101,20 +101,28 @@ class QuantizeWeights(Pass):
         tables = {layer.weight.target for layer in find_layers(program)
                   if layer.kind == "embedding"}  # fmt: skip
 
-        def choose(layer: Layer, weight: Tensor) -> Format | str:
+        def in_blocks(layer: Layer, weight: Tensor) -> IntBlocks | str:
             if layer.kind != "linear":
                 return f"only linear layers have a kernel for weights in groups, not {layer.kind}s"
-            is_head = any(is_returned(call) for call in layer.calls)
-            if is_head and in_half and layer.weight.target in tables:
+            return is_small(layer, self.min_size) or (of_heads if _is_head(layer) else wanted)
+
+        def choose(layer: Layer, weight: Tensor) -> Format | str:
+            if layer.kind != "linear" or not (in_half and _is_head(layer)):
+                return in_blocks(layer, weight)
+            if layer.weight.target in tables:
                 return "its weight is also a table: a pass that stores tables stores both as one"
-            if is_head and in_half and weight.nbytes < small and not Half().range_reason(weight):
+            if weight.nbytes < small and not Half().range_reason(weight):
                 return is_small(layer, self.min_size) or Half()
-            return is_small(layer, self.min_size) or (of_heads if is_head else wanted)
+            return in_blocks(layer, weight)
 
         kinds = ("linear", "convolution", "embedding")
         if self.ranges == "output":
-            return encode_on_data(self, program, ctx, kinds, choose, _encode)
+            return encode_on_data(self, program, ctx, kinds, in_blocks, _encode)
         return encode_layers(self, program, ctx, kinds, choose, self.ranges)
+
+
+def _is_head(layer: Layer) -> bool:
+    return any(is_returned(call) for call in layer.calls)
 
 
 def _encode(
