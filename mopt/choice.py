@@ -29,7 +29,8 @@ class Observation:
     measured is absent. ``baseline`` has the uncompressed model's measured values. ``is_slower``
     says that it lost against the uncompressed model beyond noise. ``formats`` are the formats by
     layer. ``speed_band`` are the ends of the interval of the measured ratio of times, compressed
-    over uncompressed.
+    over uncompressed. ``slower_layers`` were timed to take clearly longer than in the uncompressed
+    model.
     """
 
     formats: Mapping[str, str]
@@ -38,3 +39,4 @@ class Observation:
     baseline: Mapping[str, float] = field(default_factory=dict)
     is_slower: bool = False
     speed_band: tuple[float, float] | None = None
+    slower_layers: frozenset[str] = frozenset()

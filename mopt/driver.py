@@ -289,8 +289,16 @@ class _Maker:
         progress.end(f"outputs on {quality.batches} {batch_word}{metric_word}")
         timing = self._timing(artifact)
         cost = self.estimator.cost(artifact)
+        slower = {}
+        if timing is not None and self.context.budget is not None:
+            progress.step(0, 1, "times of layers")
+            slower = self.estimator.slower_layers(
+                (self.baseline_artifact, self.baseline_cost), (artifact, cost),
+                self.settings.threads,
+            )  # fmt: skip
         self._round_seconds = time.monotonic() - self._round_started
-        return Attempt(result, artifact, parity, quality, timing, cost, self.baseline_cost)
+        before = self.baseline_cost
+        return Attempt(result, artifact, parity, quality, timing, cost, before, slower)
 
     def _timing(self, artifact: Artifact) -> Timing | None:
         settings, progress = self.settings, self.context.progress

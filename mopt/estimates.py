@@ -9,6 +9,7 @@ from typing import Any
 from mopt.cost import CostModel, ModelCost
 from mopt.device import DeviceProfile
 from mopt.errors import MoptError
+from mopt.layer_speed import slower_layers
 from mopt.lowering import Artifact
 from mopt.proof import example_arrays
 
@@ -33,6 +34,16 @@ class Estimator:
         except MoptError:
             # A device without a processor for some operator has no estimate, not a failed compile.
             return None
+
+    def slower_layers(
+        self, before: tuple[Artifact, ModelCost | None], after: tuple[Artifact, ModelCost | None],
+        threads: int | None,
+    ) -> dict[str, tuple[float, float]]:  # fmt: skip
+        """Layers that take clearly longer than they did, timed; see ``mopt.layer_speed``."""
+        sides = [(artifact.folder / _MODEL, cost) for artifact, cost in (before, after) if cost]
+        if len(sides) < 2 or not self.device.is_host:
+            return {}
+        return slower_layers(*sides, example_arrays(after[0]), threads)
 
 
 def add_estimates(

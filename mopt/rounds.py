@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from mopt.budget import Budget
@@ -24,7 +24,8 @@ class Attempt:
     """A result, lowered, checked and measured.
 
     ``cost`` and ``before`` are estimates of a run of it and of the uncompressed model. They stand
-    in for times where nothing could be timed.
+    in for times where nothing could be timed. ``slower_layers`` has the ms before and after of
+    layers that take clearly longer than they did.
     """
 
     result: Program
@@ -34,6 +35,7 @@ class Attempt:
     timing: Timing | None
     cost: ModelCost | None = None
     before: ModelCost | None = None
+    slower_layers: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def values(self, baseline: Artifact) -> dict[str, tuple[float | None, float | None]]:
         """What a budget may limit: the value, measured if it was, and the uncompressed model's."""
@@ -126,7 +128,10 @@ class Attempt:
             measured["latency"] = before["latency"] * found.ratio
             band = (found.low, found.high)
         estimated = self.result.plan.get("choice", {}).get("estimated", {})
-        return Observation(self.formats, estimated, measured, before, self.is_slower, band)
+        return Observation(
+            self.formats, estimated, measured, before, self.is_slower, band,
+            frozenset(self.slower_layers),
+        )  # fmt: skip
 
 
 def formats_of(program: Program) -> dict[str, str]:
@@ -152,11 +157,11 @@ def close_loop(
 ) -> tuple[Attempt, list[dict[str, Any]]]:
     """The best attempt of at most three rounds, and the story of all of them.
 
-    A round ends the search when it meets the budget, is not slower than uncompressed and uses the
-    quality it may lose, or when the same would be chosen again. If every round was slower, or lost
-    too much where only quality is limited, nothing is compressed. The best is the one inside the
-    budget with the least of what is minimized; if there is none, the one nearest to it. ``another``
-    says before every round but the first whether there is time for it.
+    A round ends the search when it meets the budget, is not slower than uncompressed, has no layer
+    that is, and uses the quality it may lose, or when the same would be chosen again. If every
+    round was slower, or lost too much where only quality is limited, nothing is compressed. The
+    best is the one inside the budget with the least of what is minimized; if there is none, the one
+    nearest to it. ``another`` says before every round but the first whether there is time for it.
     """
     attempts: list[Attempt] = []
     story: list[dict[str, Any]] = []
@@ -178,8 +183,9 @@ def close_loop(
             "missed": missed,
             "slower": attempt.is_slower,
             "layers": len(attempt.formats),
+            "slower_layers": {path: list(ms) for path, ms in attempt.slower_layers.items()},
         })  # fmt: skip
-        slower = attempt.is_slower and not allow_slower
+        slower = (attempt.is_slower or bool(attempt.slower_layers)) and not allow_slower
         if not missed and not slower and not _wastes_quality(attempt, budget):
             break
     ranked = sorted(attempts, key=lambda a: _rank(a, budget, baseline, allow_slower))
@@ -211,7 +217,7 @@ def _wastes_quality(attempt: Attempt, budget: Budget) -> bool:
 
 def _rank(
     attempt: Attempt, budget: Budget, baseline: Artifact, allow_slower: bool
-) -> tuple[bool, float, float]:
+) -> tuple[bool, float, int, float]:
     values = attempt.values(baseline)
     what = attempt.result.plan.get("choice", {}).get("minimize", "loss")
     if what == "loss":
@@ -221,7 +227,8 @@ def _rank(
     else:
         score = float(attempt.artifact.size_bytes)
     slower = attempt.is_slower and not allow_slower
-    return slower, attempt.excess(budget, baseline), score
+    layers = 0 if allow_slower else len(attempt.slower_layers)
+    return slower, attempt.excess(budget, baseline), layers, score
 
 
 def nearest_point(attempt: Attempt, baseline: Artifact) -> str:

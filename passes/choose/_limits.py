@@ -204,13 +204,17 @@ def make_problem(
     return Problem(tuple(groups), limits.minimize, dict(limits.limits), tuple(scaled))
 
 
-def refuse_measured_slower(sites: Sequence[Sites], learned: Corrections) -> None:
+def refuse_measured_slower(
+    sites: Sequence[Sites], learned: Corrections, seen: Sequence[Observation]
+) -> None:
     """Take out the options whose kernels lost time when they were measured."""
+    slower = {(path, one.formats.get(path)) for one in seen for path in one.slower_layers}
     for one in sites:
         original = one.options[0]
         for option in list(one.options):
             now = learned.latency(option, original)
             lost = any(learned.savings.get(name, 1.0) < 0 for name in option.formats.values())
+            lost = lost or not slower.isdisjoint(option.formats.items())
             if option.name != ORIGINAL and lost:
                 one.options.remove(option)
                 one.refuse_slower(option, "measured slower in the whole model", now)

@@ -135,7 +135,7 @@ class ChooseFormats(Pass):
         baseline = ctx.baseline or Baseline(program.size_bytes())
         learned = Corrections.learn(ctx.observations, baseline, budget)
         if not ctx.allow_slower:
-            refuse_measured_slower(sites, learned)
+            refuse_measured_slower(sites, learned, ctx.observations)
         widths, crossing = self._widths(program, ctx, budget, sites)
         spent, together = self._fill_losses(program, ctx, sites, widths)
         limits = read_limits(budget, sites, baseline, learned, ctx.observations)

@@ -26,8 +26,12 @@ class Made:
 class Built(Attempt):
     """An attempt whose measured values are given."""
 
-    def __init__(self, made: Made, size: float, ratio: float, quality: float = 1.0) -> None:
+    def __init__(
+        self, made: Made, size: float, ratio: float, quality: float = 1.0,
+        slower: dict[str, tuple[float, float]] | None = None,
+    ) -> None:  # fmt: skip
         self.result = made  # type: ignore[assignment]
+        self.slower_layers = slower or {}
         self.size, self.ratio, self.kept_ = size, ratio, quality
 
     def values(self, baseline: Any) -> dict[str, tuple[float | None, float | None]]:
@@ -89,6 +93,15 @@ def test_what_is_slower_when_measured_is_not_taken() -> None:
     assert slow is built[""]
     assert "every choice was slower" in slow.result.plan["choice"]["kept_all"]
     assert all(round_["slower"] for round_ in story)
+    assert loop(["a"], built, "size<=50B", allow_slower=True)[0] is built["a"]
+
+
+def test_a_layer_that_turned_out_slower_is_chosen_again() -> None:
+    built = {"a": Built(Made("a"), 40, 0.5, slower={"layer": (1.0, 1.5)}),
+             "b": Built(Made("b"), 42, 0.6)}  # fmt: skip
+    best, story = loop(["a", "b"], built, "size<=50B")
+    assert best is built["b"]
+    assert story[0]["slower_layers"] == {"layer": [1.0, 1.5]}
     assert loop(["a"], built, "size<=50B", allow_slower=True)[0] is built["a"]
 
 

@@ -277,6 +277,21 @@ def test_no_layer_is_slower_where_it_was_chosen() -> None:
     assert free["layers"]["third"]["chosen"] == "int8-stored"
 
 
+def test_a_layer_that_was_timed_slower_gets_another_format() -> None:
+    program = tiny.mlp(64, 64).capture()
+    first = run(program, "minimize=latency", "quality>=0.99").plan
+    path, name = next(iter(first["formats"].items()))
+    seen = Observation(first["formats"], first["choice"]["estimated"], {},
+                       slower_layers=frozenset([path]))  # fmt: skip
+    then = run(program, "minimize=latency", "quality>=0.99", observations=(seen,)).plan
+    assert then["formats"].get(path) != name
+    assert {p: f for p, f in then["formats"].items() if p != path} == {
+        p: f for p, f in first["formats"].items() if p != path
+    }
+    reasons = [c.get("reason", "") for c in then["choice"]["layers"][path]["candidates"]]
+    assert any("measured slower in the whole model" in reason for reason in reasons)
+
+
 def test_what_neighbours_cost_together_is_measured() -> None:
     program = tiny.mlp(64, 64).capture()
     texts = ("minimize=size", "quality>=0.9")

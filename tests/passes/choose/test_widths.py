@@ -15,8 +15,8 @@ from mopt.pass_base import PassContext
 from mopt.pipeline import Pipeline
 from mopt.program import Program
 from mopt.registry import make_pass
-from tests.tiny import normal
 from tests.passes.choose.test_choose_formats import TableModel
+from tests.tiny import normal
 
 
 class HalfIdle(nn.Module):
