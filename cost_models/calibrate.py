@@ -9,24 +9,21 @@ from dataclasses import replace
 
 import numpy as np
 
-from mopt.cost import Work
 from mopt.cost_models.families import families
 from mopt.cost_models.family import Family
 from mopt.cost_models.fit import fit_family, point_noise
-from mopt.cost_models.handover import Piece, fit_handover, plan_pieces
+from mopt.cost_models.handover import found_handover, operators, plan_pieces
 from mopt.cost_models.host import class_profile
 from mopt.cost_models.probe import (
-    Probe,
     ProbeRun,
     Sample,
-    plan_copies,
     plan_probes,
     run_probes,
 )
 from mopt.cost_models.roofline import Roofline, arithmetic
 from mopt.cost_models.runtime import runtime_version, session_settings
 from mopt.device import DeviceProfile, Source
-from mopt.device_calibration import Calibration, FamilyFit, Handover, Point, Rates
+from mopt.device_calibration import Calibration, FamilyFit, Point, Rates
 from mopt.errors import LimitError
 from mopt.machine import machine_fingerprint
 from mopt.pass_base import Progress
@@ -62,7 +59,7 @@ def calibrate(
     # Fitting takes time as well.
     timing = 0.9 * seconds
     pieces = plan_pieces() if names is None and rounds > 1 else []
-    parts = _operators(pieces, roofline)
+    parts = operators(pieces, roofline)
     count = round(timing / rounds / _SECONDS_PER_TIMING) - len(parts) - _PIECE_COST * len(pieces)
     probes = plan_probes(count, roofline, names)
     load = os.getloadavg()[0]
@@ -88,43 +85,13 @@ def calibrate(
         quiet=round(run.quiet, 4),
         node_us=round(run.tap_us, 3),
         call=run.call,
-        handover=_handover(pieces, run, roofline),
+        handover=found_handover(pieces, run, roofline),
         median_error=round(float(np.median(errors)), 4) if errors else 1.0,
         error_90=round(float(np.quantile(errors, 0.9)), 4) if errors else 1.0,
         machine={**machine_fingerprint(threads), "session": session_settings()},
         fits=tuple(fits),
     )
     return _measured_profile(base, calibration, run)
-
-
-def _operators(pieces: Sequence[Piece], roofline: Roofline) -> list[Probe]:
-    """The operators of pieces, each once, to be timed by themselves."""
-    found = {
-        (work.variant, work.shape)
-        for piece in pieces for work in piece.works if work.variant in families()
-    }  # fmt: skip
-    return [
-        Probe(name, dims, plan_copies(families()[name], dims, roofline))
-        for name, dims in sorted(found)
-    ]
-
-
-def _handover(pieces: Sequence[Piece], run: ProbeRun, roofline: Roofline) -> Handover:
-    times = {(s.family, s.dims): s.microseconds for s in run.samples if s.is_quiet}
-
-    def time_of(work: Work) -> float:
-        if work.kind == "free":
-            return run.tap_us
-        known = times.get((work.variant, work.shape))
-        return 1e3 * roofline.cost(work).milliseconds if known is None else known
-
-    timed = [
-        (piece, times[piece.probe.family, piece.probe.dims] * piece.probe.copies)
-        for piece in pieces
-        if (piece.probe.family, piece.probe.dims) in times
-        and all((w.variant, w.shape) in times for w in piece.works if w.kind != "free")
-    ]
-    return fit_handover([piece for piece, _ in timed], [t for _, t in timed], time_of)
 
 
 def _fit_all(base: DeviceProfile, run: ProbeRun) -> tuple[list[FamilyFit], list[float]]:

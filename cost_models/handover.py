@@ -19,9 +19,11 @@ import numpy as np
 
 from mopt.cost import Work
 from mopt.cost_models.executed import executed_model
+from mopt.cost_models.families import families
 from mopt.cost_models.model_cost import node_work
-from mopt.cost_models.probe import Probe
+from mopt.cost_models.probe import Probe, ProbeRun, plan_copies
 from mopt.cost_models.probe_models import build_probe
+from mopt.cost_models.roofline import Roofline
 from mopt.device_calibration import Handover
 
 # Sizes of the pieces, each in every number format it has, and how often a block is repeated.
@@ -55,15 +57,46 @@ class Piece:
         return sum(time_of(work) for work in self.works)
 
 
-def plan_pieces() -> list[Piece]:
-    """All pieces, with what ONNX Runtime executes for them."""
+def plan_pieces(most: int | None = None) -> list[Piece]:
+    """All pieces, with what ONNX Runtime executes for them; ``most`` sizes of each kind."""
     return [
         Piece(probe, _works(probe))
         for family, formats, sizes in _PIECES
         for number_format in formats
-        for dims, copies in sizes
+        for dims, copies in sizes[:most]
         for probe in [Probe(family, (number_format, *dims), copies)]
     ]
+
+
+def operators(pieces: Sequence[Piece], roofline: Roofline) -> list[Probe]:
+    """The operators of pieces, each once, to be timed by themselves."""
+    found = {
+        (work.variant, work.shape)
+        for piece in pieces for work in piece.works if work.variant in families()
+    }  # fmt: skip
+    return [
+        Probe(name, dims, plan_copies(families()[name], dims, roofline))
+        for name, dims in sorted(found)
+    ]
+
+
+def found_handover(pieces: Sequence[Piece], run: ProbeRun, roofline: Roofline) -> Handover:
+    """What a run says in which pieces and their operators were timed."""
+    times = {(s.family, s.dims): s.microseconds for s in run.samples if s.is_quiet}
+
+    def time_of(work: Work) -> float:
+        if work.kind == "free":
+            return run.tap_us
+        known = times.get((work.variant, work.shape))
+        return 1e3 * roofline.cost(work).milliseconds if known is None else known
+
+    timed = [
+        (piece, times[piece.probe.family, piece.probe.dims] * piece.probe.copies)
+        for piece in pieces
+        if (piece.probe.family, piece.probe.dims) in times
+        and all((w.variant, w.shape) in times for w in piece.works if w.kind != "free")
+    ]
+    return fit_handover([piece for piece, _ in timed], [t for _, t in timed], time_of)
 
 
 def _works(probe: Probe) -> tuple[Work, ...]:

@@ -7,14 +7,22 @@ as they are: about a tenth of a second each, once for a machine, its runtime and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from mopt.cache import Cache, source_hash
 from mopt.cost import Cost, LayerRequest, ModelCost, Report, Work
-from mopt.cost_models import probe, probe_child, probe_layers, probe_models, probe_values
+from mopt.cost_models import (
+    handover,
+    probe,
+    probe_chains,
+    probe_child,
+    probe_layers,
+    probe_models,
+    probe_values,
+)
 from mopt.cost_models.families import families
 from mopt.cost_models.fit import point_noise
 from mopt.cost_models.measured import MeasuredModel
@@ -32,11 +40,21 @@ _LEAST_SECONDS, _MOST_SECONDS = 8.0, 60.0
 # Operators on more bytes than this are left to the curves: timing them would take the memory.
 _MOST_BYTES = 1 << 30
 _BUCKET = "operators"
+# The brief calibration: sizes of each kind of piece, rounds, and seconds at most.
+_BRIEF_PIECES, _BRIEF_ROUNDS, _BRIEF_SECONDS = 2, 2, 20.0
 # What is known of a timing besides its spread: the same operator in another place of a model.
 _UNSURE = 0.05
 _SOURCES = tuple(
     str(Path(module.__file__ or ""))
-    for module in (probe, probe_child, probe_layers, probe_models, probe_values)
+    for module in (
+        handover,
+        probe,
+        probe_chains,
+        probe_child,
+        probe_layers,
+        probe_models,
+        probe_values,
+    )
 )
 
 
@@ -66,6 +84,7 @@ class TimedModel(SerialModel):
         self._known: dict[tuple[str, Dims], _Time] = {}
         self._tried: set[tuple[str, Dims]] = set()
         self._call: CallOverhead | None = None
+        self._handover: Handover | None = None
         self._node_us = 1.0
         machine = machine_fingerprint(threads)
         self._where = {
@@ -115,9 +134,32 @@ class TimedModel(SerialModel):
 
         executed = executed_model(model, inputs, sizes)
         self._time([node_work(node) for node in executed.nodes], None)
-        known = self.device.calibration
-        handover = known.handover if known is not None else Handover()
-        return executed_cost(self, executed, self._call or CallOverhead(), handover)
+        return executed_cost(self, executed, self._call or CallOverhead(), self._handed_over())
+
+    def _handed_over(self) -> Handover:
+        """From the calibration; without one, from a brief one that is made once and kept."""
+        if self.device.calibration is not None:
+            return self.device.calibration.handover
+        if self._handover is None and self._cache is not None:
+            found = self._cache.get(_BUCKET, {**self._where, "handover": 1})
+            if found is None:
+                found = asdict(self._time_handover())
+                self._store({"handover": 1}, found)
+            self._handover = Handover(**found)
+        return self._handover or Handover()
+
+    def _time_handover(self) -> Handover:
+        from mopt.cost_models.handover import found_handover, operators, plan_pieces
+
+        pieces = plan_pieces(_BRIEF_PIECES)
+        probes = [*(piece.probe for piece in pieces), *operators(pieces, self._spec)]
+        try:
+            run = run_probes(
+                probes, seconds=_BRIEF_SECONDS, rounds=_BRIEF_ROUNDS, threads=self._threads
+            )
+        except MoptError:
+            return Handover()
+        return found_handover(pieces, run, self._spec)
 
     # ---- timing
 

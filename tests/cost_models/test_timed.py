@@ -11,6 +11,7 @@ from mopt.cost import LayerRequest
 from mopt.cost_models import timed
 from mopt.cost_models.host import class_profile
 from mopt.cost_models.probe import Probe, ProbeRun, Sample
+from mopt.cost_models.probe_models import build_probe
 from mopt.cost_models.roofline import Roofline
 from mopt.cost_models.select import cost_model
 from mopt.device import find_device
@@ -95,3 +96,21 @@ def test_only_this_machine_is_timed() -> None:
     assert isinstance(cost_model(class_profile(), timed=True), timed.TimedModel)
     assert isinstance(cost_model(class_profile()), Roofline)
     assert isinstance(cost_model(find_device("h100"), timed=True), Roofline)
+
+
+def test_handing_over_is_calibrated_once_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built, inputs, _ = build_probe("linear.fp32", (8, 64, 64), 2)
+    (tmp_path / "model.onnx").write_bytes(built)
+    monkeypatch.setattr(timed, "_BRIEF_PIECES", 1)
+    cache = Cache(tmp_path / "cache")
+
+    def pieces_timed() -> int:
+        timer = Timer()
+        monkeypatch.setattr(timed, "run_probes", timer)
+        model(cache).model_cost(tmp_path / "model.onnx", inputs)
+        return sum(p.family.startswith("chain.") for run in timer.runs for p in run)
+
+    assert pieces_timed() >= 7
+    assert pieces_timed() == 0
