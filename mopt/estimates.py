@@ -40,10 +40,11 @@ class Estimator:
         threads: int | None,
     ) -> dict[str, tuple[float, float]]:  # fmt: skip
         """Layers that take clearly longer than they did, timed; see ``mopt.layer_speed``."""
-        sides = [(artifact.folder / _MODEL, cost) for artifact, cost in (before, after) if cost]
-        if len(sides) < 2 or not self.device.is_host:
+        (old, was), (new, now) = before, after
+        if was is None or now is None or not self.device.is_host:
             return {}
-        return slower_layers(*sides, example_arrays(after[0]), threads)
+        sides = (old.folder / _MODEL, was), (new.folder / _MODEL, now)
+        return slower_layers(*sides, example_arrays(new), threads)
 
 
 def add_estimates(
