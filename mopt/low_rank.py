@@ -62,14 +62,14 @@ def decompose(weight: Tensor, moment: Tensor | None = None) -> Decomposition:
         scale = moment.double().clamp(min=1e-12 * float(moment.max()) or 1e-12)
         u, s, vt = torch.linalg.svd(w * scale, full_matrices=False)
         return Decomposition(u, s, vt / scale)
-    root = _root(moment.double())
+    root = moment_root(moment.double())
     u, s, vt = torch.linalg.svd(w @ root, full_matrices=False)
     # A triangular solve, never an inverse: the moment may be close to singular.
     right = torch.linalg.solve_triangular(root, vt, upper=False, left=False)
     return Decomposition(u, s, right)
 
 
-def _root(moment: Tensor) -> Tensor:
+def moment_root(moment: Tensor) -> Tensor:
     """The lower Cholesky factor, with as little added to the diagonal as it takes."""
     root, failed = torch.linalg.cholesky_ex(moment)
     scale = moment.diagonal().mean().clamp(min=1e-30)

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from mopt.cost import CostModel, LayerRequest, cost_model
+from mopt.cost import CostModel, cost_model
 from mopt.device import find_device
 from mopt.errors import UsageError
 from mopt.formats.low_rank import place_factors
 from mopt.layer_request import layer_request, milliseconds
 from mopt.layers import Layer, find_layers, is_returned
 from mopt.low_rank import Decomposition, allocate, break_even, decompose, uniform_rank
-from mopt.moments import ChannelMoments
 from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
+from mopt.passes.factorize._moments import input_moments
 from mopt.program import Program
+from mopt.rank_choice import Option, pick
 from mopt.refit import refit
 from mopt.trainable import squared_gradients
 
-_aten = torch.ops.aten
+# Of the break-even rank, the smallest that is tried, and how many ranks of a layer are timed.
+_FLOOR = 0.1
+_MOST_RANKS = 32
 
 
 @register_pass("factorize-linears", numerics=Numerics.LOSSY)
@@ -50,7 +53,8 @@ class FactorizeLinears(Pass):
     A 512 x 512 layer at rank 128 holds half of the parameters.
     """
 
-    ratio: float = option(0.2, min=0, max=1, help="share of the layers' parameters to remove")
+    ratio: float = option(0.2, min=0, max=1, help="share to remove of what the layers take")
+    aim: str = option("parameters", choices=("parameters", "latency"), help="what the share is of")
     method: str = option(
         "whitened", choices=("whitened", "activation", "fisher", "plain"),
         help="what errors are weighed by: second moments, sizes of inputs, gradients, nothing",
@@ -84,12 +88,12 @@ class FactorizeLinears(Pass):
         if not layers or self.ratio == 0:
             return PassResult(changed=False, stats={"layers": 0}, skipped=skipped)
         found = self._decompositions(program, layers, ctx)
-        ranks = self._ranks(layers, found)
         model = ctx.cost_model or cost_model(ctx.device or find_device("host"))
+        ranks = self._ranks(layers, found, model)
         chosen: dict[str, int] = {}
         for layer in layers.values():
             rank = ranks[layer.path]
-            reason: str | None = "its share of the parameters buys the whole matrix"
+            reason: str | None = f"its share of the {self.aim} buys the whole matrix"
             if rank is not None:
                 reason = None if self.allow_slower else _not_faster(layer, rank, model)
             if rank is None or reason is not None:
@@ -150,14 +154,10 @@ class FactorizeLinears(Pass):
     def _decompositions(
         self, program: Program, layers: Mapping[str, Layer], ctx: PassContext
     ) -> dict[str, Decomposition]:
-        moments: dict[fx.Node, ChannelMoments] = {}
+        moments: Mapping[str, Tensor] = {}
         gradients: dict[str, Tensor] = {}
         if self.method in ("whitened", "activation"):
-            for layer in layers.values():
-                for call in layer.calls:
-                    moments.setdefault(_input(call), ChannelMoments())
-            assert ctx.calibration is not None
-            ctx.calibration.for_part(program).collect(moments, ctx)
+            moments = input_moments(program, layers.values(), ctx)
         elif self.method == "fisher":
             gradients = squared_gradients(program, ctx, [x.weight for x in layers.values()])
         result: dict[str, Decomposition] = {}
@@ -166,11 +166,9 @@ class FactorizeLinears(Pass):
             ctx.check_time(f"factorizing {layer.path}")
             weigh = None
             if moments:
-                sources = [moments[_input(call)] for call in layer.calls]
-                second = sum((one.second for one in sources[1:]), sources[0].second) / len(sources)
-                weigh = second
+                weigh = moments[layer.path]
                 if self.method == "activation":
-                    weigh = second.diagonal().sqrt().pow(self.alpha)
+                    weigh = weigh.diagonal().sqrt().pow(self.alpha)
             elif gradients:
                 # One weight per input: the Fisher information summed over outputs (FWSVD).
                 fisher = gradients[str(layer.weight.target)].double().sum(0)
@@ -179,32 +177,62 @@ class FactorizeLinears(Pass):
         return result
 
     def _ranks(
-        self, layers: Mapping[str, Layer], found: Mapping[str, Decomposition]
+        self, layers: Mapping[str, Layer], found: Mapping[str, Decomposition], model: CostModel
     ) -> dict[str, int | None]:
         shapes = {path: (layer.shape[0], layer.shape[1]) for path, layer in layers.items()}
         if self.ranks == "uniform":
             return {path: uniform_rank(shape, self.ratio, self.multiple)
                     for path, shape in shapes.items()}  # fmt: skip
+        if self.aim == "latency":
+            return self._timed_ranks(layers, found, model)
         size = sum(outputs * inputs for outputs, inputs in shapes.values())
         budget = int(size * (1 - self.ratio))
         weights = {path: 1 / max(one.loss(0), 1e-300) for path, one in found.items()}
         return allocate(found, shapes, budget, weights=weights, step=self.multiple)
 
+    def _timed_ranks(
+        self, layers: Mapping[str, Layer], found: Mapping[str, Decomposition], model: CostModel
+    ) -> dict[str, int | None]:
+        """The ranks with the least loss for which all layers take at most their share of time."""
+        ranks: dict[str, list[int | None]] = {}
+        options: dict[str, list[Option]] = {}
+        total = 0.0
+        for path, layer in layers.items():
+            whole = _time(layer, None, model)
+            total += whole
+            least = max(int(_FLOOR * break_even(layer.shape)), self.multiple)
+            every = range(least // self.multiple * self.multiple, break_even(layer.shape) + 1)
+            tried = every[:: self.multiple][:: -(-len(every) // (self.multiple * _MOST_RANKS))]
+            size = max(found[path].loss(0), 1e-300)
+            ranks[path] = [None, *tried]
+            options[path] = [Option(whole, 0.0)] + [
+                Option(_time(layer, rank, model), found[path].loss(rank) / size) for rank in tried
+            ]
+        chosen = pick(options, total * (1 - self.ratio))
+        spent = sum(options[path][at].cost for path, at in chosen.items())
+        if spent > total * (1 - self.ratio) and not self.allow_slower:
+            raise UsageError(
+                f"factorize-linears: no ranks take {self.ratio:g} of the estimated time away, at "
+                f"most {1 - spent / total:.2g}",
+                code="empties-layer",
+                hint="lower ratio, or use aim=parameters",
+            )
+        return {path: ranks[path][at] for path, at in chosen.items()}
 
-def _input(call: fx.Node) -> fx.Node:
-    source = call.args[0]
-    assert isinstance(source, fx.Node)
-    return source
+
+def _time(layer: Layer, rank: int | None, model: CostModel) -> float:
+    """Estimated milliseconds of all calls of a layer, whole or as two."""
+    outputs, inputs = layer.shape
+    total = 0.0
+    for call in layer.calls:
+        request = layer_request(call, layer.shape)
+        shapes = [layer.shape] if rank is None else [(rank, inputs), (outputs, rank)]
+        for shape in shapes:
+            total += milliseconds(model, replace(request, shape=tuple(shape)))
+    return total
 
 
 def _not_faster(layer: Layer, rank: int, model: CostModel) -> str | None:
-    outputs, inputs = layer.shape
-    whole = factored = 0.0
-    for call in layer.calls:
-        whole += milliseconds(model, layer_request(call, layer.shape))
-        rows = layer_request(call, layer.shape).rows
-        for shape in ((rank, inputs), (outputs, rank)):
-            factored += milliseconds(model, LayerRequest("linear", shape, rows=rows))
-    if factored < whole:
+    if _time(layer, rank, model) < _time(layer, None, model):
         return None
     return f"two layers of rank {rank} are not estimated to be faster than one"
