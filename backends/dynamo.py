@@ -9,6 +9,7 @@ from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
+from mopt.errors import UsageError
 from mopt.training import TrainingOptions, TrainingSession
 
 # The options object of a torch.compile call stands for the call: all graphs of one model see the
@@ -25,7 +26,13 @@ def mopt_backend(
     **_: Any,
 ) -> Callable[..., Any]:
     """The dynamo backend; ``options`` are the fields of ``mopt.training.TrainingOptions``."""
-    return compile_with(_session(options or {}), module, example_inputs)
+    session = _session(options or {})
+    if session.options.update_at_once:
+        raise UsageError(
+            "update_at_once needs an optimizer", code="training-option",
+            hint="mopt.fit(model, loss, batch, optimizer=..., update_at_once=True)",
+        )  # fmt: skip
+    return compile_with(session, module, example_inputs)
 
 
 def _session(options: Mapping[str, Any]) -> TrainingSession:
@@ -47,7 +54,7 @@ def compile_with(
     session: TrainingSession, module: fx.GraphModule, example_inputs: Sequence[Any]
 ) -> Callable[..., Any]:
     """Compile one graph of dynamo's; forward and backward follow the session's plan."""
-    session.prepare(module)
+    session.prepare(module, example_inputs)
     if session.options.codegen == "inductor":
         from torch._inductor.compile_fx import compile_fx
 

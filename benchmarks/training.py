@@ -251,7 +251,7 @@ def main() -> None:
     """Print every candidate, and write all figures with --json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--peers", default="", help="only peers whose name holds this")
+    parser.add_argument("--peers", default="", help="only peers whose name holds this; 'none'")
     parser.add_argument("--shares", default=",".join(map(str, SHARES)), help="'' for none")
     parser.add_argument("--seconds", type=float, default=4.0, help="of search for each plan")
     parser.add_argument("--json", type=Path)
@@ -265,7 +265,11 @@ def main() -> None:
     def save(row: dict[str, Any]) -> None:
         if given.json:
             about = {"torch": torch.__version__, "machine": platform.machine(), "threads": 1}
-            known[row["model"]] = row
+            # Candidates of earlier runs stay.
+            own = {one["candidate"]: one for one in row["rows"]}
+            before = known.get(row["model"], {}).get("rows", [])
+            rows = [one for one in before if one["candidate"] not in own] + [*own.values()]
+            known[row["model"]] = {**row, "rows": rows}
             whole = {**about, "models": [*known.values()]}
             given.json.write_text(json.dumps(whole, indent=1) + "\n")
 

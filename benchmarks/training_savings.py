@@ -1,6 +1,6 @@
 """Numbers of the training extras: loss in pieces, lossy forms, optimizers, a whole fine-tuning.
 
-    python -m benchmarks.training_savings [--parts loss,lossy,tune,optimizers] [--steps 200]
+    python -m benchmarks.training_savings [--parts loss,lossy,tune,optimizers,stream] [--steps 200]
 
 Peaks are bytes that PyTorch's CPU allocator handed out above what was held before the step; times
 are medians of steps that take turns. One thread.
@@ -14,20 +14,25 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import mopt
 from mopt.allocations import record_allocations
 from mopt.chunked_loss import linear_cross_entropy
 from mopt.models import pydoc_gpt
 from mopt.models._blocks import Decoder, SwiGLU
+from mopt.models.gpt_12x768 import Gpt
 from mopt.optim import FloatEightAdamW, LowRankAdamW
 from mopt.optimizer_state import state_bytes
+from mopt.streamed_backward import stream_blocks
 
 
 def loss(_steps: int) -> dict[str, Any]:
@@ -108,70 +113,155 @@ def _score(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), target.flatten())
 
 
-def tune(steps: int) -> dict[str, Any]:
-    """The trained language model, fine-tuned plainly and within 35 %: are losses equal?"""
+TUNED: dict[str, dict[str, Any]] = {
+    "plain": {}, "exact": {}, "offload": {"offload": "auto"}, "lossy": {"allow": "lossy"},
+}  # fmt: skip
+
+
+def tune(steps: int, only: str = "", known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The trained language model, fine-tuned plainly and within 35 %: are losses equal?
+
+    ``known`` are figures of earlier runs, which new ones join.
+    """
     model, data = _language()
-    losses: dict[str, list[float]] = {}
-    peaks = {}
-    for name in ("plain", "mopt 35%"):
+    runs = dict((known or {}).get("runs", {}))
+    for name, options in TUNED.items():
+        if only not in name:
+            continue
         own = copy.deepcopy(model)
         optimizer = torch.optim.AdamW(own.parameters(), 1e-4)
-        run: Callable[..., Tensor]
-        if name == "plain":
-
-            def run(x: Tensor, y: Tensor, own: Any = own, optimizer: Any = optimizer) -> Tensor:
-                found = _score(own(x), y)
-                found.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                return found.detach()
-        else:
+        run = partial(_plain_step, own, optimizer)
+        if name != "plain":
             run = mopt.fit(
-                own, _score, data[0], memory_budget="35%", optimizer=optimizer, other_bytes=0
-            )
-        losses[name] = [float(run(*data[i % len(data)])) for i in range(steps)]
+                own, _score, data[0], memory_budget="35%", optimizer=optimizer, other_bytes=0,
+                seconds=2.0, **options,
+            )  # fmt: skip
+        losses = [float(run(*data[i % len(data)])) for i in range(steps)]
         with record_allocations() as seen:
             run(*data[0])
-        peaks[name] = seen.total.peak
-    one, two = losses.values()
-    return {
-        "steps": steps, "first_loss": one[0], "last_loss": one[-1], "peaks": peaks,
-        "equal_bit_for_bit": one == two,
-    }  # fmt: skip
-
-
-def optimizers(steps: int) -> dict[str, Any]:
-    """The trained language model, fine-tuned with optimizers that keep less."""
-    model, data = _language()
-    makers: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-        "adamw": lambda p: torch.optim.AdamW(p, 1e-4, weight_decay=0.0),
-        "galore": lambda p: LowRankAdamW(p, 1e-4, rank=32, every=50, scale=1.0),
-        "q-galore": lambda p: LowRankAdamW(p, 1e-4, rank=32, every=50, scale=1.0, quantized=True),
-        "dct": lambda p: LowRankAdamW(p, 1e-4, rank=32, every=1, scale=1.0, projection="dct"),
-        "fp8": lambda p: FloatEightAdamW(p, 1e-4, weight_decay=0.0),
-    }  # fmt: skip
-    found = {}
-    for name, make in makers.items():
-        own = copy.deepcopy(model)
-        optimizer = make(own.parameters())
-        size = state_bytes(optimizer)
-        losses = []
-        for i in range(steps):
-            x, y = data[i % len(data)]
-            value = _score(own(x), y)
-            value.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(float(value.detach()))
-        found[name] = {"state_bytes": size, "loss": statistics.mean(losses[-10:])}
-        first = found["adamw"]
-        found[name]["bytes_ratio"] = size / first["state_bytes"]
-        found[name]["loss_ratio"] = found[name]["loss"] / first["loss"]
-        print(name, found[name], flush=True)
+        runs[name] = {"losses": losses, "peak": seen.total.peak}
+        if isinstance(run, mopt.training_step.TrainingStep):
+            done = run.plans[0]
+            runs[name] |= {
+                "planned_peak": done.plan.figures.peak - done.kinds["weights and inputs"],
+                "budget": done.plan.budget - done.kinds["weights and inputs"],
+                "offloaded_bytes": sum(row.offloaded_bytes for row in done.layers),
+                "squeezed_bytes": sum(row.squeezed_bytes for row in done.layers),
+                "gradient_error": run.gradient_error and vars(run.gradient_error),
+            }  # fmt: skip
+        print(name, losses[-1], seen.total.peak, flush=True)
+    found: dict[str, Any] = {"steps": steps, "runs": runs}
+    plain = runs.get("plain", {}).get("losses")
+    for name, one in runs.items():
+        if plain and len(one["losses"]) == len(plain):
+            last = statistics.mean(plain[-10:])
+            found[name] = {
+                "equal_bit_for_bit": one["losses"] == plain,
+                "last_ten_apart": abs(statistics.mean(one["losses"][-10:]) - last) / last,
+            }
     return found
 
 
-PARTS = {"loss": loss, "lossy": lossy, "tune": tune, "optimizers": optimizers}
+def _plain_step(own: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
+    found = _score(own(x), y)
+    found.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return found.detach()
+
+
+def optimizers(steps: int, only: str = "", known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The small language model trained from scratch with optimizers that keep less.
+
+    Batches of two windows of the text, which repeat after 256 steps; the loss is the mean of the
+    last 50. ``only`` may set a rate: ``galore:2e-3``. The best rate of each counts.
+    """
+    ids = pydoc_gpt.windows(load_file(pydoc_gpt.TEXT)["calibration"])
+    data = [(rows[:, :-1], rows[:, 1:]) for rows in ids[torch.randperm(len(ids))].split(2)]
+    makers: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "adamw": lambda p, lr: torch.optim.AdamW(p, lr, weight_decay=0.0),
+        "galore": lambda p, lr: LowRankAdamW(p, lr, rank=64, every=50, scale=1.0),
+        "q-galore": lambda p, lr: LowRankAdamW(
+            p, lr, rank=64, every=50, scale=1.0, quantized=True
+        ),
+        "dct": lambda p, lr: LowRankAdamW(p, lr, rank=64, every=1, scale=1.0, projection="dct"),
+        "fp8": lambda p, lr: FloatEightAdamW(p, lr, weight_decay=0.0),
+    }  # fmt: skip
+    found = dict(known or {})
+    wanted, _, rate = only.partition(":")
+    for name, make in makers.items():
+        if wanted and name != wanted:
+            continue
+        torch.manual_seed(1)
+        own = pydoc_gpt.make_model().train()
+        optimizer = make(own.parameters(), float(rate or 1e-3))
+        run = partial(_plain_step, own, optimizer)
+        losses = [float(run(*data[i % len(data)])) for i in range(steps)]
+        row = {
+            "state_bytes": state_bytes(optimizer), "rate": float(rate or 1e-3),
+            "loss": statistics.mean(losses[-50:]),
+        }  # fmt: skip
+        print(name, row, flush=True)
+        tried = [*found.get(name, {}).get("tried", []), row]
+        found[name] = {**min(tried, key=lambda one: float(one["loss"])), "tried": tried}
+    first = found.get("adamw")
+    for one in found.values():
+        if first:
+            one["bytes_ratio"] = one["state_bytes"] / first["state_bytes"]
+            one["loss_ratio"] = one["loss"] / first["loss"]
+    return found
+
+
+def stream(_steps: int) -> dict[str, Any]:
+    """How long a sequence fits where per-block checkpoints of a quarter of it do."""
+    torch.manual_seed(0)
+    model = Gpt(layers=4, width=256, heads=4)
+    model.positions = nn.Embedding(1 << 14, 256)
+    found: dict[str, Any] = {"size": "4 layers, width 256, 50,257 words, one row"}
+    peaks = {}
+    for length in (512, 2048):
+        ids = torch.randint(1000, (1, length))
+        for name in ("checkpoint", "streamed"):
+            own = copy.deepcopy(model)
+            if name == "streamed":
+                stream_blocks(own, torch.randint(1000, (1, 16)), pieces=max(8, length // 128))
+            else:
+                for block in own.blocks:
+                    block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            run = _streamed_loss if name == "streamed" else _dense_loss
+            if name == "checkpoint" and length > 512:
+                continue
+            with record_allocations() as seen:
+                run(own, ids).backward()
+            peaks[name, length] = seen.total.peak
+            found[f"{name} {length}"] = seen.total.peak
+            if length == 512:
+                found[f"{name} gradients"] = [p.grad for p in own.parameters()]
+            print(name, length, seen.total.peak, flush=True)
+    one, two = found.pop("checkpoint gradients"), found.pop("streamed gradients")
+    found["largest_difference"] = max(
+        float((a - b).abs().max()) for a, b in zip(one, two, strict=True)
+    )
+    found["ratio_at_four_times_the_length"] = (
+        peaks["streamed", 2048] / peaks["checkpoint", 512]
+    )  # fmt: skip
+    return found
+
+
+def _dense_loss(model: Gpt, ids: Tensor) -> Tensor:
+    return F.cross_entropy(model(ids)[0, :-1], ids[0, 1:])
+
+
+def _streamed_loss(model: Gpt, ids: Tensor) -> Tensor:
+    x = model.tokens(ids) + model.positions(torch.arange(ids.shape[1]))
+    for block in model.blocks:
+        x = block(x)
+    return linear_cross_entropy(model.norm(x)[0, :-1], model.head.weight, ids[0, 1:])
+
+
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {
+    "loss": loss, "lossy": lossy, "tune": tune, "optimizers": optimizers, "stream": stream,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -179,16 +269,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--only", default="", help="one candidate of tune or optimizers")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    found = {}
+    torch.manual_seed(0)
+    known: dict[str, Any] = {}
+    if given.json and given.json.exists():
+        known = json.loads(given.json.read_text())
     for name in given.parts.split(","):
-        found[name] = PARTS[name](given.steps)
-        print(name, json.dumps(found[name], indent=1), flush=True)
-    if given.json:
-        known = json.loads(given.json.read_text()) if given.json.exists() else {}
-        given.json.write_text(json.dumps({**known, **found}, indent=1) + "\n")
+        more = {}
+        if name in ("tune", "optimizers"):
+            more = {"only": given.only, "known": known.get(name)}
+        known[name] = PARTS[name](given.steps, **more)
+        if given.json:
+            given.json.write_text(json.dumps(known, indent=1) + "\n")
+        shown = {k: v for k, v in known[name].items() if k != "runs"}
+        print(name, json.dumps(shown, indent=1), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from mopt.allocations import record_allocations
+from mopt.cost import Work, cost_model
+from mopt.device import find_device
 from mopt.flops import node_flops, shape_of, size_hint
 
 # An ordinary CPU core; plans depend on the ratios only.
@@ -33,6 +35,43 @@ def estimate(node: fx.Node) -> tuple[float, int]:
     )
     seconds = max(node_flops(node) / _FLOPS_PER_SECOND, moved / _BYTES_PER_SECOND)
     return seconds + _CALL_SECONDS, 0
+
+
+def priced_by(device: str) -> Callable[[fx.Node], tuple[float, int]]:
+    """Prices of calls on a device, by its cost model; no workspace is known."""
+    model = cost_model(find_device(device))
+
+    def price(node: fx.Node) -> tuple[float, int]:
+        return model.cost(_work(node)).milliseconds / 1e3, 0
+
+    return price
+
+
+def _work(node: fx.Node) -> Work:
+    """What a call of a joint graph computes and moves."""
+    values = [
+        [t for t in pytree.tree_leaves(v.meta.get("val")) if isinstance(t, Tensor)]
+        for v in (*node.all_input_nodes, node)
+    ]
+    moved = sum(t.dtype.itemsize * _count(t) for some in values for t in some)
+    written = sum(_count(t) for t in values[-1])
+    name = str(node.target)
+    sources = [shape_of(t) for some in values[:-1] for t in some]
+    dtype = next((t.dtype for some in reversed(values) for t in some), torch.float32)
+    form = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
+    flops = float(node_flops(node))
+    if any(f"aten.{n}." in name for n in ("mm", "addmm", "bmm", "baddbmm")) and len(sources) > 1:
+        left, right = sources[-2:]
+        rows = _count(values[-1][0]) // max(1, right[-1])
+        shape = (1, rows, right[-1], left[-1])
+        return Work("matmul", flops, 0.0, moved, form, node.name, rows, shape, name)
+    kinds = {
+        "convolution": "convolution", "attention": "attention", "norm": "norm",
+        "softmax": "softmax", "pool": "pool", "sum": "reduce", "mean": "reduce",
+        "embedding": "move", "clone": "move", "copy": "move", "cat": "move",
+    }  # fmt: skip
+    kind = next((k for part, k in kinds.items() if part in name), "pointwise")
+    return Work(kind, flops, 0.0, moved, form, node.name, 1, (written,), name)
 
 
 def _count(tensor: Tensor) -> int:

@@ -16,7 +16,10 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from mopt.flops import size_hint
-from mopt.recompute import Again, Call, RecomputeProblem
+from mopt.joint_tags import is_backward
+from mopt.offload import put
+from mopt.recompute import OFFLOAD, Again, Call, Link, RecomputeProblem
+from mopt.reversible import INVERSE, undo
 from mopt.saved_codecs import SQUEEZE
 
 aten = torch.ops.aten
@@ -51,22 +54,25 @@ class Joint:
     kinds: dict[str, int] = field(default_factory=dict)
 
 
-def is_backward(node: fx.Node) -> bool:
-    """Whether AOTAutograd traced a node in the backward pass."""
-    return node.meta.get("partitioner_tag") == "is_backward"
-
-
 def tensors(node: fx.Node) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(node.meta.get("val")) if isinstance(t, Tensor)]
 
 
-def read_joint(module: fx.GraphModule, num_outputs: int, price: Price, *, fixed: int = 0) -> Joint:
+def read_joint(
+    module: fx.GraphModule,
+    num_outputs: int,
+    price: Price,
+    *,
+    fixed: int = 0,
+    link: Link | None = None,
+) -> Joint:
     """The problem of a joint graph.
 
     ``price`` gives seconds and workspace bytes of a call; ``fixed`` are bytes held besides
-    (optimizer state). Sizes that vary count as in the example inputs.
+    (optimizer state); ``link`` is where values may be moved out to. Sizes that vary count as in
+    the example inputs.
     """
-    return _Reader(module, num_outputs, price).read(fixed)
+    return _Reader(module, num_outputs, price).read(fixed, link)
 
 
 class _Reader:
@@ -96,7 +102,7 @@ class _Reader:
             found.append(number)
         return tuple(dict.fromkeys(found))
 
-    def read(self, fixed: int) -> Joint:
+    def read(self, fixed: int, link: Link | None) -> Joint:
         forward: list[tuple[fx.Node, Call]] = []
         backward: list[tuple[fx.Node, Call]] = []
         kinds = {"weights and inputs": 0, "incoming gradients": 0, "other": fixed}
@@ -125,7 +131,7 @@ class _Reader:
             backward.append((self.module.graph.output_node(), Call("gradients", last, ())))
         problem = RecomputeProblem(
             tuple(self.sizes), tuple(c for _, c in forward), tuple(c for _, c in backward),
-            frozenset(self.given), frozenset(results), sum(kinds.values()),
+            frozenset(self.given), frozenset(results), sum(kinds.values()), link,
         )  # fmt: skip
         return Joint(
             self.module, problem, [n for n, _ in forward], [n for n, _ in backward], self.owner,
@@ -135,6 +141,8 @@ class _Reader:
     def _call(self, node: fx.Node) -> Call | None:
         """The call of a node, or None for a view of what is there or a plain number."""
         known = len(self.sizes)
+        if node.target is undo:
+            return self._inverse(node)
         touched = self.storages(node)
         makes = tuple(s for s in touched if s >= known)
         reads = tuple(dict.fromkeys(
@@ -142,6 +150,10 @@ class _Reader:
         ))  # fmt: skip
         if not makes and (touched or not reads):
             return None
+        if node.target is put:
+            # Its price is the link's, which is shared: the planner sets it.
+            back = Again(makes, reads)
+            return Call(node.name, reads, makes, 0.0, 0, layer_of(node), back, OFFLOAD)
         seconds, workspace = self.price(node)
         if node.target is SQUEEZE:
             # Only a plan that keeps the small form runs it; restoring costs about the same, and
@@ -150,6 +162,16 @@ class _Reader:
             return Call(node.name, reads, makes, 0.0, 0, layer_of(node), back, str(node.args[1]))
         again = None if is_backward(node) else self._again(node, reads, makes, seconds, workspace)
         return Call(node.name, reads, makes, seconds, workspace, layer_of(node), again)
+
+    def _inverse(self, node: fx.Node) -> Call:
+        """What forward does nothing for: a value from its sum with another."""
+        result, other, value = node.args
+        assert isinstance(result, fx.Node) and isinstance(value, fx.Node)
+        sources = [n for n in (result, other) if isinstance(n, fx.Node)]
+        reads = tuple(dict.fromkeys(s for n in sources for s in self.storages(n)))
+        seconds, _ = self.price(result)
+        back = Again(reads, self.storages(value), seconds)
+        return Call(node.name, (), (), 0.0, 0, layer_of(node), back, INVERSE)
 
     def _again(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -11,18 +12,27 @@ from torch._functorch.partitioners import _extract_fwd_bwd_modules
 from torch.utils import _pytree as pytree
 
 from mopt.errors import InternalError
-from mopt.joint_graph import BATCH_NORMS, NUMBERS, Joint, is_backward, tensors
+from mopt.joint_graph import BATCH_NORMS, NUMBERS, Joint, tensors
+from mopt.joint_tags import is_backward
+from mopt.offload import arrived, fetch, put, settle
 from mopt.recompute import Item
+from mopt.reversible import undo
 from mopt.saved_codecs import RESTORE, SQUEEZE
 
 aten = torch.ops.aten
 
 
 def split(
-    joint: Joint, saved: frozenset[int], items: Sequence[Item]
+    joint: Joint,
+    saved: frozenset[int],
+    items: Sequence[Item],
+    settled: Mapping[int, int] | None = None,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """The forward and the backward module of a plan; the joint graph is rewritten."""
-    _Writer(joint, saved).write(items)
+    writer = _Writer(joint, saved)
+    for begin, end in (settled or {}).items():
+        writer.settle(begin, end)
+    writer.write(items)
     graph = joint.module.graph
     graph.eliminate_dead_code()
     values: list[fx.Node] = []
@@ -68,6 +78,18 @@ class _Writer:
         # What backward reads instead of a forward value, and the versions that this stands for.
         self.now: dict[fx.Node, tuple[fx.Node, tuple[int, ...]]] = {}
         self.version: dict[int, int] = {}
+        # Values on their way back, and the folder they come from.
+        self.coming: dict[fx.Node, Any] = {}
+
+    def settle(self, begin: int, end: int) -> None:
+        """Wait behind forward call ``end`` for what call ``begin`` moves out."""
+        out = self.joint.forward[begin]
+        value, folder = out.args
+        assert isinstance(value, fx.Node)
+        with self.graph.inserting_after(self.joint.forward[end]):
+            done = self.graph.call_function(settle, (out, value, folder))
+        done.meta = dict(out.meta)
+        self.joint.owner[self.storages(out)[0]] = done
 
     def storages(self, node: fx.Node) -> tuple[int, ...]:
         """The numbers of the storages that a node's value lies in."""
@@ -126,7 +148,9 @@ class _Writer:
         key = tuple(self.version.get(s, 0) for s in own)
         known = self.now.get(node)
         if known is not None and known[1] == key:
-            return known[0]
+            if known[0] in self.coming:
+                self.now[node] = self._arrived(known[0], before), key
+            return self.now[node][0]
         if own[0] in self.saved and not key[0] and self.joint.owner[own[0]] is node:
             return node
         problem = self.joint.problem
@@ -141,11 +165,35 @@ class _Writer:
         self.now[node] = copy, key
         return copy
 
+    def _arrived(self, value: fx.Node, before: fx.Node) -> fx.Node:
+        """A value that is being fetched, once it is there."""
+        folder = self.coming.pop(value)
+        with self.graph.inserting_before(before):
+            there = self.graph.call_function(arrived, (value, folder))
+        there.meta = dict(value.meta)
+        return there
+
+    def _fetch(self, node: fx.Node) -> dict[fx.Node, fx.Node]:
+        """Begin to read a value back; it is waited for where it is used."""
+        value, folder = node.args
+        assert isinstance(value, fx.Node)
+        like = value.meta["val"]
+        handle = self.joint.owner[self.storages(node)[0]]
+        arguments = (handle, folder, list(like.shape), list(like.stride()), like.dtype, like.device)
+        copy = self.graph.call_function(fetch, arguments)
+        copy.meta = dict(value.meta)
+        _mark(copy)
+        self.coming[copy] = folder
+        return {value: copy}
+
     def _repeat(self, index: int, before: fx.Node) -> None:
         node, again = self.joint.forward[index], self.joint.problem.forward[index].again
         assert again is not None
         with self.graph.inserting_before(before):
-            parts = _write_again(self.graph, node, lambda s: self._current(s, before))
+            if node.target is put:
+                parts = self._fetch(node)
+            else:
+                parts = _write_again(self.graph, node, lambda s: self._current(s, before))
         for s in again.makes:
             if s not in self.stay:
                 self.version[s] = self.version.get(s, 0) + 1
@@ -173,6 +221,8 @@ def _write_again(
         return _dropout_again(graph, node, takes)
     if node.target is SQUEEZE:
         return _restored(graph, node, takes)
+    if node.target is undo:
+        return _undone(graph, node, takes)
     selections = {i: u for i, u in _parts(node).items() if not is_backward(u)}
     sources = {s: takes(s) for s in node.all_input_nodes}
     if node.target in BATCH_NORMS and node.args[5] is True:
@@ -204,6 +254,21 @@ def _restored(
     assert isinstance(value, fx.Node)
     like = value.meta["val"]
     copy = graph.call_function(RESTORE, (takes(node), node.args[1], list(like.shape), like.dtype))
+    copy.meta = dict(value.meta)
+    _mark(copy)
+    return {value: copy}
+
+
+def _undone(
+    graph: fx.Graph, node: fx.Node, takes: Callable[[fx.Node], fx.Node]
+) -> dict[fx.Node, fx.Node]:
+    """A part of a sum or a scaled value, from the result."""
+    result, other, value = node.args
+    assert isinstance(result, fx.Node) and isinstance(value, fx.Node)
+    if isinstance(other, fx.Node):
+        copy = graph.call_function(aten.sub.Tensor, (takes(result), takes(other)))
+    else:
+        copy = graph.call_function(aten.div.Tensor, (takes(result), other))
     copy.meta = dict(value.meta)
     _mark(copy)
     return {value: copy}

@@ -5,6 +5,7 @@
 the DCT variant (columns of one fixed basis). ``FloatEightAdamW`` keeps both moments in fp8 whose
 range is expanded group by group (COAT, ICLR 2025, section 4). Both change the update: they
 approximate AdamW and are no part of an exact plan. ``state_bytes`` tells what they will hold.
+``low_bit_adamw`` (torchao's) and ``MuonAdamW`` (torch's) are here under one roof.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ import torch
 from torch import Tensor
 
 from mopt.errors import InputError
+from mopt.optim_more import MuonAdamW, low_bit_adamw
 from mopt.saved_codecs import restore, squeeze, squeezed_bytes
+
+__all__ = ["FloatEightAdamW", "LowRankAdamW", "MuonAdamW", "low_bit_adamw"]
 
 PROJECTIONS = ("svd", "dct")
 GROUP = 128
@@ -41,6 +45,7 @@ class _AdamW(torch.optim.Optimizer, ABC):
                 hint="lr and eps from 0, betas from 0 to below 1",
             )
         super().__init__(params, defaults)
+        self._numbers: dict[Tensor, int] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -49,10 +54,9 @@ class _AdamW(torch.optim.Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        number = 0
         for group in self.param_groups:
             for p in group["params"]:
-                number += 1
+                number = self._numbers.setdefault(p, len(self._numbers) + 1)
                 if p.grad is not None:
                     # Decay first: the new step is not decayed.
                     p.mul_(1 - group["lr"] * group["weight_decay"])

@@ -8,7 +8,7 @@ plan: it runs the plan's order and adds up what is alive. Solvers live in
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -16,6 +16,17 @@ from typing import Any
 
 from mopt.errors import InputError, InternalError
 from mopt.quantity import read_bytes
+
+# The form of a value that is moved out of the memory that the budget is about.
+OFFLOAD = "offload"
+
+
+@dataclass(frozen=True)
+class Link:
+    """Bytes a second to where values are moved out, and back."""
+
+    write: float
+    read: float
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,7 @@ class RecomputeProblem:
 
     ``sizes`` are the bytes of each storage. ``given`` storages exist all the time (weights, inputs,
     incoming gradients); ``constant`` is what they take together. ``results`` stay until the end
-    once they are made (outputs, gradients).
+    once they are made (outputs, gradients). ``link`` is what values may be moved out over.
     """
 
     sizes: tuple[int, ...]
@@ -64,6 +75,7 @@ class RecomputeProblem:
     given: frozenset[int] = frozenset()
     results: frozenset[int] = frozenset()
     constant: int = 0
+    link: Link | None = None
 
     @cached_property
     def maker(self) -> dict[int, int]:
@@ -122,8 +134,16 @@ class Replay:
     live: tuple[int, ...] = field(repr=False)
 
 
-def replay(problem: RecomputeProblem, saved: Iterable[int], items: Sequence[Item]) -> Replay:
+def replay(
+    problem: RecomputeProblem,
+    saved: Iterable[int],
+    items: Sequence[Item],
+    settled: Mapping[int, int] | None = None,
+) -> Replay:
     """Run the forward pass, keep ``saved``, run ``items``.
+
+    ``settled`` maps a forward call that begins to move a value out to the one after which it is
+    out; the value is held until then.
 
     A repetition replaces what it makes: a kept value that is made again lives to its last use
     before that.
@@ -132,7 +152,13 @@ def replay(problem: RecomputeProblem, saved: Iterable[int], items: Sequence[Item
     backward call.
     """
     kept = set(saved)
-    forward = [(c.name, c.reads, c.makes, c.workspace) for c in problem.forward]
+    waits: dict[int, tuple[int, ...]] = {}
+    for begin, end in (settled or {}).items():
+        waits[end] = (*waits.get(end, ()), *problem.forward[begin].reads)
+    forward = [
+        (c.name, (*c.reads, *waits.get(i, ())), c.makes, c.workspace)
+        for i, c in enumerate(problem.forward)
+    ]
     again, seconds = [], 0.0
     for item in items:
         if item.repeat:
@@ -232,7 +258,9 @@ class PlanStatus(StrEnum):
 class RecomputePlan:
     """What to keep and the order of backward, with the figures of ``replay``.
 
-    ``seconds_bound`` is a proved lower bound on the repeated seconds of any plan in the budget.
+    ``seconds_bound`` is a proved lower bound on the seconds that any plan in the budget takes more.
+    ``settled`` says where values that are moved out have left (see ``replay``), ``stall_seconds``
+    how long the step waits for such moves.
     ``plain`` is the replay of the step that keeps everything; ``least_peak`` the least peak found.
     """
 
@@ -247,17 +275,24 @@ class RecomputePlan:
     solver: str
     solve_seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    settled: Mapping[int, int] = field(default_factory=dict)
+    stall_seconds: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that the step takes longer than the plain one: repeated, and waited for."""
+        return self.figures.repeated_seconds + self.stall_seconds
 
     @property
     def status(self) -> PlanStatus:
         """Optimal where the bound is reached."""
-        reached = self.figures.repeated_seconds <= self.seconds_bound * (1 + 1e-9)
+        reached = self.seconds <= self.seconds_bound * (1 + 1e-9)
         return PlanStatus.OPTIMAL if reached else PlanStatus.FEASIBLE
 
     @property
     def gap(self) -> float:
-        """Repeated seconds above the bound, as a share of them (0: proved least)."""
-        spent = self.figures.repeated_seconds
+        """Seconds above the bound, as a share of them (0: proved least)."""
+        spent = self.seconds
         return max(0.0, spent - self.seconds_bound) / spent if spent else 0.0
 
     def repeats(self) -> dict[int, int]:
@@ -282,6 +317,7 @@ class RecomputePlan:
             "saved_bytes": self.figures.saved_bytes,
             "plain_saved_bytes": self.plain.saved_bytes,
             "repeated_seconds": self.figures.repeated_seconds,
+            "stall_seconds": self.stall_seconds,
             "seconds_bound": self.seconds_bound,
             "gap": self.gap,
             "status": self.status.value,

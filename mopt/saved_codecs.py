@@ -3,7 +3,8 @@
 Each form is a pair of ``mopt::`` operators, ``squeeze`` before it is kept and ``restore`` in
 backward. Exact: ``bits`` (one bit for a truth value) and ``int16``/``int32`` (places within a
 pooling window's plane). Lossy: ``int8``, ``int4`` (least value and step for each group of 128) and
-``fp8`` (E4M3, largest value of each group at the end of its range). Groups run over the values in
+``fp8`` (E4M3, largest value of each group at the end of its range), and ``rows``, an unbiased
+sample of rows for weights' gradients (``mopt.row_sampling``). Groups run over the values in
 memory order. Both operators work in pieces, so that they need little besides their results.
 
 Importing this module registers the operators; nothing else happens.
@@ -14,16 +15,22 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from mopt.flops import shape_of
+from mopt.recompute import Item
+from mopt.row_sampling import PREFIX, form_of, only_sums_rows, sample, sampled_bytes, spread_out
+
+if TYPE_CHECKING:
+    from mopt.joint_graph import Joint
 
 aten = torch.ops.aten
 EXACT = ("bits", "int16", "int32")
-LOSSY = ("int8", "int4", "fp8")
+LOSSY = ("int8", "int4", "fp8", "rows")
 GROUP = 128
 _PIECE = 512 * GROUP
 _LEAST = 1024
@@ -39,6 +46,8 @@ _HEAVY = (
 
 def squeezed_bytes(form: str, count: int) -> int:
     """Bytes of ``count`` values in a form."""
+    if form.startswith(PREFIX):
+        return sampled_bytes(form, count)
     groups = -(-count // GROUP)
     if form == "bits":
         return -(-count // 8)
@@ -50,6 +59,8 @@ def squeezed_bytes(form: str, count: int) -> int:
 @torch.library.custom_op("mopt::squeeze", mutates_args=())
 def squeeze(value: Tensor, form: str) -> Tensor:
     """``value`` in a form, as uint8 of one dimension."""
+    if form.startswith(PREFIX):
+        return sample(value, form)
     flat = value.reshape(-1)
     count = flat.numel()
     if form in ("int16", "int32"):
@@ -95,6 +106,8 @@ def _(value: Tensor, form: str) -> Tensor:
 @torch.library.custom_op("mopt::restore", mutates_args=())
 def restore(packed: Tensor, form: str, shape: list[int], dtype: torch.dtype) -> Tensor:
     """What :func:`squeeze` was given; for lossy forms, the nearest values of the form."""
+    if form.startswith(PREFIX):
+        return spread_out(packed, form, shape, dtype)
     count = 1
     for size in shape:
         count *= size
@@ -171,11 +184,18 @@ def exact_forms(nodes: Iterable[fx.Node]) -> list[Form]:
 
 
 def lossy_forms(nodes: Iterable[fx.Node], form: str) -> list[Form]:
-    """Results of matrix products, convolutions and attention, which ``form`` may stand for."""
+    """Results of matrix products, convolutions and attention, which ``form`` may stand for.
+
+    With ``rows``: what backward only multiplies with gradients, summed over rows.
+    """
     found = []
     for node in nodes:
         value = node.meta.get("val")
         if not _suits(value) or not value.is_floating_point():
+            continue
+        if form == "rows":
+            if only_sums_rows(node):
+                found.append(Form(node, form_of(shape_of(value)[-1])))
             continue
         maker = node.args[0] if node.target is operator.getitem else node
         if isinstance(maker, fx.Node) and maker.target in _HEAVY:
@@ -207,3 +227,25 @@ def offer(module: fx.GraphModule, forms: Iterable[Form]) -> None:
             key: node.meta[key] for key in ("nn_module_stack", "fwd_nn_module_stack")
             if key in node.meta
         } | {"val": meta, "partitioner_tag": "is_forward"}  # fmt: skip
+
+
+def withdraw(joint: Joint, items: Iterable[Item]) -> int:
+    """Take back samples of rows that a plan repeats other calls with: only sums of rows bear them.
+
+    Returns how many were taken back: the graph is another one then.
+    """
+    sampled: dict[int, fx.Node] = {}
+    wrong: set[fx.Node] = set()
+    for item in items:
+        if not item.repeat:
+            continue
+        again, node = joint.problem.forward[item.index].again, joint.forward[item.index]
+        assert again is not None
+        wrong.update(sampled[s] for s in again.reads if s in sampled)
+        for s in again.makes:
+            sampled.pop(s, None)
+            if node.target is SQUEEZE and str(node.args[1]).startswith(PREFIX):
+                sampled[s] = node
+    for node in wrong:
+        joint.module.graph.erase_node(node)
+    return len(wrong)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from mopt.errors import CaptureError, InputError, MoptError, first_line
+from mopt.call_cost import Measured
+from mopt.errors import BudgetNotMet, CaptureError, InputError, MoptError, first_line
 from mopt.frontend import normalize_inputs
 from mopt.training import GraphPlan, TrainingOptions, TrainingSession
 
@@ -23,7 +25,9 @@ class _Planned(Exception):
     """Ends the compilation once there is a plan."""
 
 
-class _WithLoss(nn.Module):
+class WithLoss(nn.Module):
+    """A model with a loss of ``LOSSES`` on its first floating-point output."""
+
     def __init__(self, model: nn.Module, loss: str) -> None:
         super().__init__()
         self.model, self.loss = model, loss
@@ -34,17 +38,53 @@ class _WithLoss(nn.Module):
         value = next(v for v in leaves if isinstance(v, Tensor) and v.is_floating_point())
         if self.loss == "mean-square" or (self.loss == "auto" and value.dim() not in (2, 3)):
             return value.float().square().mean()
-        rows = value.flatten(0, -2)
-        return F.cross_entropy(rows, rows.new_zeros(rows.shape[0], dtype=torch.long))
+        # Targets without a use of the logits: a loss in pieces must be their only reader.
+        target = torch.zeros(value.shape[:-1].numel(), dtype=torch.long, device=value.device)
+        return F.cross_entropy(value.flatten(0, -2), target)
+
+
+# What makes a step smaller without approximating anything, in the order it is tried.
+SAVINGS: tuple[tuple[str, ...], ...] = (
+    (), ("chunk_loss",), ("update_at_once",), ("chunk_loss", "update_at_once"),
+)  # fmt: skip
+
+
+def plan_with_savings(
+    model: nn.Module, example_inputs: Any, options: TrainingOptions, *, loss: str = "auto"
+) -> tuple[GraphPlan, tuple[str, ...]]:
+    """The plan of one training step, and which options had to be switched on for it.
+
+    Where the budget cannot be met, exact savings are tried that a user has to agree to: the loss in
+    pieces (another order of sums), and each update right after its gradient (no gradient is left
+    to be looked at). Raises what ``plan_training`` raises, with the least peak of all.
+    """
+    failed: list[BudgetNotMet] = []
+    measured = Measured()
+    for names in SAVINGS:
+        if any(getattr(options, name) for name in names):
+            continue
+        try:
+            more = replace(options, **dict.fromkeys(names, True))
+            found = plan_training(model, example_inputs, more, loss=loss, measured=measured)
+            return found, names
+        except BudgetNotMet as error:
+            failed.append(error)
+    raise failed[-1]
 
 
 def plan_training(
-    model: nn.Module, example_inputs: Any, options: TrainingOptions, *, loss: str = "auto"
+    model: nn.Module,
+    example_inputs: Any,
+    options: TrainingOptions,
+    *,
+    loss: str = "auto",
+    measured: Measured | None = None,
 ) -> GraphPlan:
     """The plan of one training step on the example inputs, as ``torch.compile`` would get it.
 
     ``loss`` is put on the model's first floating-point output: ``auto`` is cross-entropy over the
-    last dimension of outputs with two or three dimensions, else the mean square. The model is
+    last dimension of outputs with two or three dimensions, else the mean square. ``measured`` holds
+    prices of calls that are known already. The model is
     planned in training mode and left as it was. Raises BudgetNotMet (``memory-budget-too-small``),
     CaptureError (``training-capture``) for a model that cannot be traced in one piece, and
     InputError (``nothing-to-train``).
@@ -52,7 +92,7 @@ def plan_training(
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError("no parameter of the model requires a gradient", code="nothing-to-train")
     args, kwargs = normalize_inputs(example_inputs)
-    session = TrainingSession(options)
+    session = TrainingSession(options, measured)
 
     def partition(
         module: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **_: Any
@@ -66,10 +106,10 @@ def plan_training(
         trace = aot_autograd(fw_compiler=_not_reached, partition_fn=partition)
 
         def backend(module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-            session.prepare(module)
+            session.prepare(module, inputs)
             return trace(module, inputs)  # type: ignore[no-any-return]
 
-        torch.compile(_WithLoss(model, loss), backend=backend, fullgraph=True, dynamic=False)(
+        torch.compile(WithLoss(model, loss), backend=backend, fullgraph=True, dynamic=False)(
             *args, **kwargs
         )
     except BackendCompilerFailed as error:

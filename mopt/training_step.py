@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import functional as F
 
-from mopt.errors import InputError, MoptError
+from mopt.early_update import Updater
+from mopt.errors import InputError, MoptError, UsageError
 from mopt.frontend import normalize_inputs
 from mopt.optimizer_state import state_bytes
 from mopt.registry import find_training_backend
+from mopt.reversible import INVERSE
 from mopt.saved_codecs import LOSSY
 from mopt.training import GraphPlan, TrainingOptions, TrainingSession
 
@@ -65,7 +67,12 @@ class TrainingStep:
             return compile_graph(self._session, module, inputs)
 
         # A plan is for one size of batch; sizes that vary would also keep smaller forms out.
-        self._run = torch.compile(self._step, backend=backend, dynamic=False)
+        # Gradients of a parameter in two graphs would have to meet before an update.
+        self._at_once = options.update_at_once
+        self._run = torch.compile(
+            self._step, backend=backend, dynamic=False, fullgraph=self._at_once
+        )
+        self._session.updater = self._updater = Updater(optimizer)
 
     @property
     def plans(self) -> list[GraphPlan]:
@@ -73,6 +80,11 @@ class TrainingStep:
         return self._session.plans
 
     def __call__(self, *batch: Any) -> Tensor:
+        if self._at_once:
+            # Backward updates; only the optimizer's parameters have no gradient left.
+            loss: Tensor = self._run(*_parts(batch))
+            loss.backward()
+            return loss.detach()
         found = self.backward(*batch)
         if self.optimizer is not None:
             self.optimizer.step()
@@ -80,17 +92,25 @@ class TrainingStep:
         return found
 
     def backward(self, *batch: Any) -> Tensor:
-        """Forward and backward only: gradients add up in ``.grad``, as always."""
+        """Forward and backward only: gradients add up in ``.grad``, as always.
+
+        Raises UsageError (``training-option``) with ``update_at_once``: backward updates then.
+        """
+        if self._at_once:
+            raise UsageError(
+                "update_at_once leaves no gradients behind", code="training-option",
+                hint="call the step itself, or plan without update_at_once",
+            )  # fmt: skip
         loss: Tensor = self._run(*_parts(batch))
         loss.backward()
         return loss.detach()
 
     def prepare(self, batch: Sequence[Any]) -> None:
         """Make the plan on a batch, and measure lossy gradients; the model stays as it was."""
-        lossy = self._session.options.allow == "lossy"
+        lossy = self._session.options.allow != "exact"
         with _unchanged(self.model):
             found = self._gradients(self._run, batch)
-            if lossy and not _kept_forms(self.plans).isdisjoint(LOSSY):
+            if lossy and _approximate(self.plans):
                 self.gradient_error = _error(self._gradients(self._step, batch), found)
 
     def _gradients(self, run: Callable[..., Tensor], batch: Sequence[Any]) -> dict[str, Tensor]:
@@ -98,10 +118,16 @@ class TrainingStep:
         devices = {p.device.index for p in named.values() if p.device.type == "cuda"}
         with torch.random.fork_rng(devices=sorted(d or 0 for d in devices)):
             torch.manual_seed(0)
-            found = torch.autograd.grad(
-                run(*_parts(batch)), list(named.values()), allow_unused=True
-            )
-        return {n: g for n, g in zip(named, found, strict=True) if g is not None}
+            early: dict[nn.Parameter, Tensor] = {}
+            self._updater.collect = early
+            try:
+                found = torch.autograd.grad(
+                    run(*_parts(batch)), list(named.values()), allow_unused=True
+                )
+            finally:
+                self._updater.collect = None
+        pairs = ((n, early.get(p, g)) for (n, p), g in zip(named.items(), found, strict=True))
+        return {n: g for n, g in pairs if g is not None}
 
 
 def fit(
@@ -125,6 +151,8 @@ def fit(
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError("no parameter of the model requires a gradient", code="nothing-to-train")
+    if options.get("update_at_once") and optimizer is None:
+        raise UsageError("update_at_once needs an optimizer", code="training-option")
     if optimizer is not None:
         options = {"other_bytes": state_bytes(optimizer), **options}
     step = TrainingStep(
@@ -160,11 +188,12 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def _kept_forms(plans: Sequence[GraphPlan]) -> set[str]:
-    return {
-        call.form for done in plans for call in done.problem.forward
-        if call.form and not done.plan.saved.isdisjoint(call.makes)
+def _approximate(plans: Sequence[GraphPlan]) -> bool:
+    """Whether a plan has a value again that is not the value bit for bit."""
+    forms = {
+        done.problem.forward[index].form for done in plans for index in done.plan.repeats()
     }  # fmt: skip
+    return any(form.startswith((*LOSSY, INVERSE)) for form in forms)
 
 
 def _error(exact: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> GradientError:

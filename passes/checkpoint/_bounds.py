@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mopt.recompute import RecomputeProblem
+from mopt.recompute import OFFLOAD, RecomputeProblem
 
 
 def least_peak(problem: RecomputeProblem) -> tuple[int, str]:
@@ -41,8 +41,8 @@ def least_seconds(problem: RecomputeProblem, live: tuple[int, ...], budget: int)
 
     At each backward call of the step that keeps everything, the bytes over the budget have to go,
     and what goes is made again at least once: a fractional knapsack by seconds per byte, each value
-    in its cheapest way (values of one call share its seconds). ``live`` are the bytes of that
-    step, call by call.
+    in its cheapest way (values of one call share its seconds), besides what the link moves out in
+    the time that the step takes anyway. ``live`` are the bytes of that step, call by call.
     """
     border = len(problem.forward)
     uses: dict[int, int] = {}
@@ -51,27 +51,41 @@ def least_seconds(problem: RecomputeProblem, live: tuple[int, ...], budget: int)
             uses[s] = index
     rates: dict[int, float] = {}
     for call in problem.forward:
-        if call.again is None:
+        if call.again is None or call.form == OFFLOAD:
             continue
         values = [s for s in call.again.makes if s in uses and s not in problem.results]
         rate = call.again.seconds / max(1, sum(problem.sizes[s] for s in values))
         rates.update((s, min(rate, rates.get(s, rate))) for s in values)
     offers = sorted((rate, s) for s, rate in rates.items())
+    out, free = _hidden(problem)
     best = 0.0
     for index, call in enumerate(problem.backward):
-        excess = live[border + index] - budget
+        excess: float = live[border + index] - budget
         if excess <= 0:
             continue
+        excess -= free
         total = 0.0
         here = set(call.reads)
         for rate, s in offers:
+            if excess <= 0:
+                break
             # What this very call reads is there in any plan.
             if uses[s] < index or s in here:
                 continue
-            take = min(problem.sizes[s], excess)
+            # While a byte is made again, the link moves some more out.
+            gain = 1 + rate * out
+            take = min(problem.sizes[s], excess / gain)
             total += take * rate
-            excess -= take
-            if excess <= 0:
-                break
+            excess -= take * gain
+        if out and excess > 0:
+            total += excess / out
         best = max(best, total)
     return best
+
+
+def _hidden(problem: RecomputeProblem) -> tuple[float, float]:
+    """Bytes a second that the link moves out and back, and how many the plain step hides."""
+    if problem.link is None:
+        return 0.0, 0.0
+    rate = 1 / (1 / problem.link.write + 1 / problem.link.read)
+    return rate, rate * problem.seconds

@@ -29,7 +29,9 @@ class Proved:
 
 
 def small_enough(tables: Tables) -> bool:
-    """Whether the program is worth a try beside the searches."""
+    """Whether the program is worth a try beside the searches; inverses make its order circular."""
+    if any(call.form == "inverse" for call in tables.problem.forward):
+        return False
     return len(tables.free) * len(tables.problem.backward) <= _EVENTS
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from mopt.errors import BudgetNotMet
 from mopt.passes.checkpoint._blocks import cut, with_options
 from mopt.passes.checkpoint._bounds import least_peak, least_seconds
 from mopt.passes.checkpoint._chain import Chain
 from mopt.passes.checkpoint._exact import small_enough, solve_exactly
+from mopt.passes.checkpoint._link_prices import plan_with_link
 from mopt.passes.checkpoint._order import Draft
 from mopt.passes.checkpoint._search import descend, polish, shake
 from mopt.passes.checkpoint._tables import Point, Tables
-from mopt.recompute import RecomputePlan, RecomputeProblem
+from mopt.recompute import OFFLOAD, RecomputePlan, RecomputeProblem
 
 # Budgets between the least and the plain peak that are told apart; see `_Ladder`.
 LEVELS = 64
@@ -35,6 +37,14 @@ def plan(
     program that proves its plan, for small steps). Raises BudgetNotMet
     (``memory-budget-too-small``) with the least peak that was found and the call that binds.
     """
+    if problem.link is None or not any(call.form == OFFLOAD for call in problem.forward):
+        return _plan(problem, budget, seconds, solver)
+    started = time.monotonic()
+    found = plan_with_link(problem, budget, partial(_plan, seconds=seconds / 5, solver=solver))
+    return replace(found, solve_seconds=time.monotonic() - started)
+
+
+def _plan(problem: RecomputeProblem, budget: int, seconds: float, solver: str) -> RecomputePlan:
     started = time.monotonic()
     ladder = _Ladder(Tables(problem), seconds, solver)
     plain = ladder.pool[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from tests.cli.command_line import Call
@@ -35,6 +36,7 @@ def test_the_plan_is_printed_by_layer(mopt: Call, place: Path) -> None:
         "layer",
         "kept",
         "compressed",
+        "offloaded",
         "given",
         "up",
         "repeated",
@@ -53,6 +55,39 @@ def test_the_document_has_plan_and_layers(mopt: Call, place: Path) -> None:
     assert data["peak_bound"] <= data["least_peak"] <= data["peak"]
     assert data["seconds_bound"] <= data["repeated_seconds"]
     assert sum(row["repeated_calls"] for row in data["layers"]) > 0
+
+
+LANGUAGE = """
+import torch
+from torch import nn
+
+class Language(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(4000, 16)
+        self.layer = nn.Linear(16, 16)
+        self.head = nn.Linear(16, 4000, bias=False)
+
+    def forward(self, ids):
+        return self.head(self.layer(self.words(ids)))
+
+def factory():
+    return {"model": Language(), "example_inputs": (torch.randint(4000, (2, 128)),)}
+"""
+
+
+def test_what_a_budget_needs_is_found_and_a_report_written(mopt: Call, place: Path) -> None:
+    (place / "net.py").write_text(LANGUAGE)
+    # Weights take 512 kB, their gradients as much, and logits 4 MB.
+    done = mopt("train-plan", "net.py:factory", "--memory", "1700kB", "-o", "out", *QUICK)
+    assert (done.code, done.err) == (0, "")
+    assert "needs chunk_loss=True" in done.out
+    assert "needs update_at_once=True" not in done.out
+    training = json.loads((place / "out" / "report.json").read_text())["training"]
+    assert training["needs"] == ["chunk_loss"]
+    assert max(row["bytes"] for row in training["timeline"]) == training["peak"] <= 1_700_000
+    assert {row["kind"] for row in training["timeline"]} >= {"forward", "backward"}
+    assert max(training["plain_timeline"]) == training["plain_peak"]
 
 
 def test_too_little_memory_exits_1(mopt: Call, place: Path) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import mopt
-from mopt.errors import BudgetNotMet, InputError
+from mopt.errors import BudgetNotMet, InputError, UsageError
 from mopt.optimizer_state import state_bytes
 
 QUICK = {"costs": "estimated", "solver": "greedy"}
@@ -50,6 +50,75 @@ def test_steps_equal_plain_pytorch_bit_for_bit() -> None:
         assert torch.equal(loss, expected)
     pairs = zip(model.state_dict().values(), plain.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_updates_at_once_are_the_same_updates_and_gradients_die() -> None:
+    torch.manual_seed(0)
+    # A shared weight has its gradient only when its second use is differentiated.
+    shared = nn.Linear(96, 96)
+    layers = [nn.Linear(16, 96), shared, nn.SiLU(), nn.Linear(96, 96), nn.SiLU(), shared]
+    model = nn.Sequential(*layers, nn.Linear(96, 4))
+    frozen = model[3].bias.requires_grad_(False)
+    plain, late = copy.deepcopy(model), copy.deepcopy(model)
+    data = [(torch.randn(32, 16), torch.randint(4, (32,))) for _ in range(3)]
+
+    def fitted(model: nn.Module, **more: bool) -> mopt.training_step.TrainingStep:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        return mopt.fit(model, F.cross_entropy, data[0], optimizer=optimizer, **QUICK, **more)
+
+    step, other = fitted(model, update_at_once=True), fitted(late)
+    assert torch.equal(model[1].weight, plain[1].weight), "planning updates nothing"
+    theirs = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    for batch in data:
+        expected = F.cross_entropy(plain(batch[0]), batch[1])
+        expected.backward()
+        theirs.step()
+        theirs.zero_grad()
+        assert torch.equal(step(*batch), expected)
+    pairs = zip(model.parameters(), plain.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert all(p.grad is None for p in model.parameters())
+    assert frozen is model[3].bias
+    # The gradients of both matrices are never there at once.
+    peaks = [one.plans[0].plan.plain.peak for one in (step, other)]
+    assert peaks[0] < peaks[1] - 96 * 96 * 2
+    with pytest.raises(UsageError, match="no gradients"):
+        step.backward(*data[0])
+    with pytest.raises(UsageError, match="needs an optimizer"):
+        mopt.fit(model, F.cross_entropy, data[0], update_at_once=True)
+
+
+class Adapted(nn.Module):
+    """A frozen layer, and one with a trained low-rank part beside its frozen weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.adapted, self.head = (nn.Linear(64, 64) for _ in range(3))
+        self.down, self.up = nn.Linear(64, 4, bias=False), nn.Linear(4, 64, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.adapted(x) + self.up(self.down(x))
+        return self.head(self.plain(x).relu())
+
+
+@pytest.mark.parametrize("trained", ["lora", "all"])
+def test_frozen_weights_keep_nothing_for_their_gradients(trained: str) -> None:
+    torch.manual_seed(0)
+    model = Adapted().train()
+    for name in ("plain", "adapted", "head") if trained == "lora" else ():
+        getattr(model, name).requires_grad_(False)
+    x = torch.randn(256, 64)
+    step = mopt.fit(model, lambda y: y.sum(), (x,), **QUICK)
+    problem = step.plans[0].problem
+    kept = sum(problem.sizes[s] for s in problem.keep_all)
+    row = 256 * 4
+    # ReLU's mask or value and what the low-rank part multiplies; the input is there anyway.
+    wide = {"lora": 64, "all": 64 + 64 + 64}[trained]
+    assert kept <= row * (wide + 4)
+    assert kept >= row * (wide // 4 + 4)
+    expected = torch.autograd.grad(model(x).sum(), model.down.weight)[0]
+    step.backward(x)
+    assert torch.equal(model.down.weight.grad, expected)
 
 
 def test_lossy_gradients_are_measured() -> None:
