@@ -89,7 +89,7 @@ def child(options: argparse.Namespace) -> None:
     for data in parser.seeds:
         check(parser, data, place)  # imports what it needs before anything is forbidden
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-    signal.signal(signal.SIGALRM, too_long)
+    signal.signal(signal.SIGPROF, too_long)
     watch = Watch(scratch.resolve())
     chance = random.Random(f"{options.seed} {parser.name}")
     counts = {"inputs": 0, "read": 0, "refused": 0, "findings": 0}
@@ -101,7 +101,8 @@ def child(options: argparse.Namespace) -> None:
         last.seek(0)
         last.write(len(data).to_bytes(8, "little") + data)
         begun, wrong = time.monotonic(), None
-        signal.alarm(SECONDS_EACH)
+        # Seconds of the processor: the machine may be busy with something else.
+        signal.setitimer(signal.ITIMER_PROF, SECONDS_EACH)
         watch.armed = True
         try:
             counts["read" if check(parser, data, place) else "refused"] += 1
@@ -109,7 +110,7 @@ def child(options: argparse.Namespace) -> None:
             wrong = traceback.format_exc()
         finally:
             watch.armed = False
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
         wrong = wrong or watch.seen
         watch.seen = None
         slowest = max(slowest, time.monotonic() - begun)
@@ -183,10 +184,13 @@ def run(name: str, options: argparse.Namespace, seconds: float) -> dict[str, Any
             "--seed", str(options.seed), "--scratch", scratch, "--findings", options.findings,
             "--engine", options.engine,
         ]  # fmt: skip
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=seconds + 600, cwd=scratch,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": f"{scratch}/cache"},
-        )  # fmt: skip
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=seconds + 900, cwd=scratch,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": f"{scratch}/cache"},
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            done = subprocess.CompletedProcess(command, -1, "", f"did not end: {error}")
         lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
         if done.returncode == 0 and lines:
             found: dict[str, Any] = json.loads(lines[-1])

@@ -12,6 +12,8 @@ from mopt.cli._text import disk_size, memory_size
 # Buffers drawn; the rest would be thinner than a pixel and is told by the curve of live bytes.
 _DRAWN = 1500
 _CURVE = 800
+# Frames around more layers than this would hide their colours.
+_FRAMED = 60
 CHART_WIDTH, CHART_LEFT, CHART_RIGHT = 960, 76, 12
 
 
@@ -39,8 +41,9 @@ def layer_strip(layers: Sequence[Mapping[str, Any]]) -> Html:
             width = room * row[key] / whole
             name = f"{row['path'] or 'top level'}: {row['format']}, {disk_size(row[key])}"
             of = 0 if key == "bytes_before" else tone[row["format"]]
+            kind = "part" if len(layers) <= _FRAMED else "thin"
             marks.append(tag("rect", tag("title", name), x=at(x), y=y, width=at(width),
-                             height=28, class_=f"part tone{of}"))  # fmt: skip
+                             height=28, class_=f"{kind} tone{of}"))  # fmt: skip
             x += width
     return picture(marks, 74, "Bytes of every layer before and after, on one scale")
 

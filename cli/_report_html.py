@@ -152,10 +152,6 @@ def _summary(report: Mapping[str, Any]) -> Html:
         if gain and name.strip()
     ]
     notes = remarks(report)
-    choice = table(report.get("choice"))
-    if choice:
-        binding = ", ".join(texts(choice.get("binding"))) or "nothing"
-        notes = [f"Binding: {binding}. Least {text(choice.get('minimize'))} was asked for.", *notes]
     details = ", ".join(filter(None, (
         report["recipe"], text(report.get("backend")), text(report.get("target")),
         *texts(report.get("budget")),

@@ -107,7 +107,7 @@ def count(value: Any) -> int | None:
 
 def chosen_candidate(layer: Mapping[str, Any]) -> Mapping[str, Any]:
     """What was expected of the format a layer got; empty where nothing was chosen."""
-    name = layer.get("option", layer["format"])
+    name = layer.get("option", layer.get("format"))
     found = (row for row in rows(layer.get("candidates")) if row.get("format") == name)
     return next((row for row in found if "reason" not in row), {})
 

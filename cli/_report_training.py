@@ -89,7 +89,7 @@ def live_chart(plan: Mapping[str, Any]) -> Html:
     for values, kind in ((plain, "plain"), (planned, "live")):
         every = max(1, -(-len(values) // _POINTS))
         points = " ".join(
-            f"{at(CHART_LEFT + room * i / len(values))},"
+            f"{at(CHART_LEFT + room * i / max(len(values) - 1, 1))},"
             f"{at(8 + _HEIGHT * (1 - max(values[i : i + every]) / most))}"
             for i in range(0, len(values), every)
         )

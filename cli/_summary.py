@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from mopt.cli._output import Column, Output
+from mopt.cli._report_parts import chosen_candidate, number, table, text, texts
 from mopt.cli._text import change, disk_size, memory_size, milliseconds, plural, three_digits
 
 _NUMBER = re.compile(r"\d[\d.,]*")
 RESULT_COLUMNS = (Column(""), Column("before", right=True), Column("after", right=True),
             Column("change"), Column(""))  # fmt: skip
 _OUTSIDE_SHOWN = 3
+_COSTLIEST_SHOWN = 3
 _REASONS_SHOWN = 5
 
 
@@ -25,7 +27,7 @@ def show_result(out: Output, report: Mapping[str, Any], folder: Path) -> None:
         out.text()
         for line in remarks(report, verbose=bool(out.verbose)):
             out.text(line)
-    out.text(f'Wrote {folder}  (use it: mopt run {folder} ..., or mopt.load("{folder}") in Python)')
+    out.text(f'Wrote {folder}  (open {folder}/report.html; use it: mopt.load("{folder}"))')
 
 
 def result_rows(report: Mapping[str, Any], *, verbose: bool = False) -> list[list[str]]:
@@ -113,7 +115,7 @@ def _quality_rows(quality: Mapping[str, Any], verbose: bool) -> list[list[str]]:
 def remarks(report: Mapping[str, Any], *, verbose: bool = False) -> list[str]:
     """Lines about what a reader of the table would ask next; empty when there is nothing."""
     lines = _notes(report) + _kept_all(report) + _slower(report)
-    lines += _unmeasured(report) + _widened(report)
+    lines += _unmeasured(report) + _binding(report) + _costliest(report) + _widened(report)
     lines += _zeros(report)
     lines += coverage_lines(report["coverage"]) + _kept(report)
     if verbose:
@@ -126,6 +128,37 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
     notes = report.get("notes")
     texts = [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
     return [f"Limited: {note}" for note in texts]
+
+
+def _binding(report: Mapping[str, Any]) -> list[str]:
+    """Which limits of the budget the choice ran into."""
+    choice = table(report.get("choice"))
+    if not choice:
+        return []
+    binding = ", ".join(texts(choice.get("binding"))) or "nothing"
+    return [f"Binding: {binding}  (prices: mopt inspect DIR --why budget)"]
+
+
+def _costliest(report: Mapping[str, Any]) -> list[str]:
+    """The layers that lose most: in quality where it was looked at, else of their own values."""
+    costs: dict[str, float] = {}
+    words: dict[str, str] = {}
+    for row in report["layers"]:
+        cost = number(chosen_candidate(row).get("loss"))
+        if cost is not None and cost > 0:
+            costs[row["path"]] = cost
+        words[row["path"]] = text(row.get("format"))
+    what = "Costliest"
+    if not costs:
+        what = "Rounded most"
+        for step in report["steps"]:
+            found = table(table(step.get("stats")).get("weight_error"))
+            numbers = {path: number(value) for path, value in found.items()}
+            costs.update({path: value for path, value in numbers.items() if value and value > 0})
+    most = sorted(costs, key=lambda path: -costs[path])[:_COSTLIEST_SHOWN]
+    told = [f"{path or 'top level'} {words.get(path, '')} ({100 * costs[path]:.2g} %)"
+            for path in most]  # fmt: skip
+    return [f"{what}: {', '.join(told)}"] if told else []
 
 
 def _kept_all(report: Mapping[str, Any]) -> list[str]:
@@ -189,7 +222,9 @@ def _sparse(report: Mapping[str, Any]) -> dict[str, float]:
     """The share of zeros of every layer that a pass gave zeros, and nothing made smaller."""
     found: dict[str, float] = {}
     for step in report["steps"]:
-        found |= step.get("stats", {}).get("zeros_of", {})
+        zeros = table(table(step.get("stats")).get("zeros_of"))
+        shares = {path: number(share) for path, share in zeros.items()}
+        found |= {path: share for path, share in shares.items() if share is not None}
     return found
 
 
@@ -230,8 +265,8 @@ def _kept(report: Mapping[str, Any]) -> list[str]:
 def _skips(report: Mapping[str, Any]) -> list[str]:
     lines = []
     for step in report["steps"]:
-        for reason, number in fold_reasons([skip["reason"] for skip in step["skipped"]]):
-            lines.append(f"  {step['name']} skipped {number} x {reason}")
+        for reason, times in fold_reasons([skip["reason"] for skip in step["skipped"]]):
+            lines.append(f"  {step['name']} skipped {times} x {reason}")
     return lines
 
 

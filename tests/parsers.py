@@ -289,8 +289,8 @@ def _kernels(scratch: Path) -> Made:
     from mopt.backends.triton.kernel_file import read_binary, read_kernels
     from mopt.safe_read import Folder
 
-    entry = {"name": "k", "architecture": "sm_90", "file": "k-0.cubin", "order": ["x"], "types": ["*fp32"],
-             "aligned": ["x"], "registers": 32, "shared": 0, "spills": 0, "scratch": 0, "warps": 4,
+    entry = {"name": "k", "architecture": "sm_90", "file": "k-0.cubin", "order": ["x"],
+             "types": ["*fp32"], "aligned": ["x"], "registers": 32, "shared": 0, "spills": 0, "scratch": 0, "warps": 4,
              "threads": 128, "stages": 2, "constants": {"BLOCK": "32"}}  # fmt: skip
     data = {"schema": 1, "triton": "3.4", "target": "sm_90", "lowered": [], "left": [],
             "pytorch": [], "share": 0.5, "checked": {}, "rejected": [],

@@ -97,7 +97,7 @@ def read_layout(data: Any) -> MemoryLayout:
         raise ArtifactError("the memory plan has another schema", code="plan-schema")
     try:
         return _read(data)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"malformed memory plan: {error!r}", code="malformed-plan") from error
 
 

@@ -35,6 +35,10 @@ def candidates(many: int = 3) -> list[dict[str, Any]]:
     return [*found, {"format": "sparse", "reason": "no kernel on cpu"}]
 
 
+def step(**changes: Any) -> dict[str, Any]:
+    return {"name": "x", "numerics": "lossy", "skipped": [], **changes}
+
+
 def report(layers: list[dict[str, Any]] | None = None, **changes: Any) -> dict[str, Any]:
     data = {
         "schema": 1, "mopt": "0.1.0", "model": "char-lm", "recipe": "int8-dynamic",
@@ -50,6 +54,7 @@ def report(layers: list[dict[str, Any]] | None = None, **changes: Any) -> dict[s
         "layers": [layer("a.first"), layer("b.second", 1)] if layers is None else layers,
         "steps": [{"name": "quantize-dynamic", "numerics": "lossy", "changed": True,
                    "seconds": 1.5, "bytes_before": 100, "bytes_after": 50,
+                   "stats": {"weight_error": {"a.first": 0.01}, "zeros_of": {"b.second": 0.5}},
                    "skipped": [{"site": "c.third", "reason": "960 weights are too few"}]}],
         "environment": {"python": "3.12", "torch": "2.13", "machine": {
             "cpu": "a processor", "cores": 2, "isa": ["avx2"], "memory_bytes": 2**33}},

@@ -126,7 +126,10 @@ def test_the_trace_nests_and_counts(tmp_path: Path) -> None:
     {"choice": 3}, {"choice": {"binding": 4, "estimated": []}, "rounds": [None, {"measured": 1}]},
     {"estimates": []}, {"environment": None}, {"budget": [1]}, {"seed": "x"}, {"front": [[]]},
     {"layers": [made.layer("a", candidates=[4, {"format": []}], option=7, why=[], runner_up={})]},
-    {"layers": []}, {"recipe_toml": {}},
+    {"layers": []}, {"recipe_toml": {}}, {"notes": [3]}, {"notes": {}}, {"training": {"layers": 4}},
+    {"steps": [made.step(stats=3)]},
+    {"steps": [made.step(stats={"weight_error": [], "zeros_of": 4})]},
+    {"steps": [made.step(stats={"weight_error": {"a": "x"}, "zeros_of": {"a": []}})]},
 ])  # fmt: skip
 def test_what_only_some_reports_have_may_be_anything(
     tmp_path: Path, damage: dict[str, Any]

@@ -149,3 +149,21 @@ def test_weights_that_are_only_small_in_the_file_are_named() -> None:
     told = remarks(report(layers=layers))
     assert told[0].startswith("1 layer is small in the file only: its weights become")
     assert remarks(report(layers=layers[1:])) == []
+
+
+def test_what_binds_and_the_costliest_layers_are_told() -> None:
+    layers = [
+        {"path": f"blocks.{i}", "format": "int4-g32", "bytes_before": 8, "bytes_after": 1,
+         "candidates": [{"format": "int4-g32", "loss": 0.001 * i}]}
+        for i in range(5)
+    ]  # fmt: skip
+    told = remarks(report(layers=layers, choice={"binding": ["size"]}))
+    assert "Binding: size  (prices: mopt inspect DIR --why budget)" in told
+    assert (
+        "Costliest: blocks.4 int4-g32 (0.4 %), blocks.3 int4-g32 (0.3 %), blocks.2 int4-g32 (0.2 %)"
+    ) in told
+    for layer in layers:
+        layer["candidates"] = []
+    step = {"numerics": "lossy", "skipped": [], "name": "quantize-weights",
+            "stats": {"weight_error": {"blocks.1": 0.007, "blocks.2": "x"}}}  # fmt: skip
+    assert "Rounded most: blocks.1 int4-g32 (0.7 %)" in remarks(report(layers=layers, steps=[step]))
