@@ -291,7 +291,8 @@ def _kernels(scratch: Path) -> Made:
 
     entry = {"name": "k", "architecture": "sm_90", "file": "k-0.cubin", "order": ["x"],
              "types": ["*fp32"], "aligned": ["x"], "registers": 32, "shared": 0, "spills": 0,
-             "scratch": 0, "warps": 4, "threads": 128, "stages": 2, "constants": {"BLOCK": "32"}}  # fmt: skip
+             "scratch": 0, "warps": 4, "threads": 128, "stages": 2,
+             "constants": {"BLOCK": "32"}}  # fmt: skip
     data = {"schema": 1, "triton": "3.4", "target": "sm_90", "lowered": [], "left": [],
             "pytorch": [], "share": 0.5, "checked": {}, "rejected": [],
             "tables": {"sm_90": {"key": []}}, "binaries": {"sm_90": {"key": entry}}}  # fmt: skip
