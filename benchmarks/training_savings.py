@@ -1,6 +1,6 @@
 """Numbers of the training extras: loss in pieces, lossy forms, optimizers, a whole fine-tuning.
 
-    python -m benchmarks.training_savings [--parts loss,lossy,tune,optimizers,stream] [--steps 200]
+    python -m benchmarks.training_savings [--parts loss,lossy,tune,...] [--steps 200]
 
 Peaks are bytes that PyTorch's CPU allocator handed out above what was held before the step; times
 are medians of steps that take turns. One thread.
@@ -259,8 +259,77 @@ def _streamed_loss(model: Gpt, ids: Tensor) -> Tensor:
     return linear_cross_entropy(model.norm(x)[0, :-1], model.head.weight, ids[0, 1:])
 
 
+class Reversible(nn.Module):
+    """Eight reversible blocks: two streams that change each other by turns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(
+            nn.Sequential(nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 128)) for _ in range(16)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for i in range(0, len(self.parts), 2):
+            x = x + self.parts[i](y)
+            y = y + self.parts[i + 1](x)
+        return x + y
+
+
+class Layers(nn.Module):
+    """Linear layers whose inputs only their weights' gradients read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(128, 128) for _ in range(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def ways(_steps: int) -> dict[str, Any]:
+    """Reversible blocks had again from their outputs, and sampled rows: peaks, time, gradients."""
+    found: dict[str, Any] = {}
+    candidates: list[tuple[str, Callable[[], nn.Module], str, dict[str, Any]]] = [
+        ("reversible, exact", Reversible, "30%", {}),
+        ("reversible, rounding", Reversible, "30%", {"allow": "rounding"}),
+        ("layers, exact", Layers, "60%", {}),
+        ("layers, rows", Layers, "60%", {"allow": "lossy", "lossy_form": "rows"}),
+    ]
+    for name, make, budget, options in candidates:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model, x = make(), torch.randn(2048, 128)
+        expected = torch.autograd.grad(model(x).square().mean(), list(model.parameters()))
+        step = mopt.fit(
+            model, lambda y: y.square().mean(), (x,), memory_budget=budget, seconds=1.0, **options
+        )
+        step.backward(x)
+        own = [p.grad for p in model.parameters()]
+        far = [
+            float((a - b).norm() / a.norm()) for a, b in zip(expected, own, strict=True)
+            if b is not None
+        ]  # fmt: skip
+        model.zero_grad()
+        with record_allocations() as seen:
+            step.backward(x)
+        (done,) = step.plans
+        again = [done.problem.forward[i].form or "repeat" for i in done.plan.repeats()]
+        found[name] = {
+            "budget": done.plan.budget - done.kinds["weights and inputs"],
+            "peak": seen.total.peak, "solver": done.plan.solver,
+            "time_share": done.plan.seconds / done.problem.seconds, "worst_gradient": max(far),
+            "ways": {kind: again.count(kind) for kind in sorted(set(again))},
+        }  # fmt: skip
+        print(name, found[name], flush=True)
+    return found
+
+
 PARTS: dict[str, Callable[..., dict[str, Any]]] = {
     "loss": loss, "lossy": lossy, "tune": tune, "optimizers": optimizers, "stream": stream,
+    "ways": ways,
 }  # fmt: skip
 
 

@@ -25,18 +25,23 @@ def undo(result: Tensor, other: Tensor | float, value: Tensor) -> None:
 
 
 def offer_inverses(module: fx.GraphModule, nodes: Iterable[fx.Node]) -> int:
-    """Write a mark behind each sum whose parts may be had again from it; returns how many."""
+    """Write a mark behind each sum whose parts may be had again from it; returns how many.
+
+    ``nodes`` are forward's values in order, without views.
+    """
+    owners = dict.fromkeys(nodes)
+    order = {node: place for place, node in enumerate(module.graph.nodes)}
     growth: dict[fx.Node, float] = {}
     found = 0
-    for node in reversed(list(nodes)):
+    for node in reversed(owners):
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or not value.is_floating_point():
             continue
         limit = _MOST / torch.finfo(value.dtype).eps * 2
-        for part, other in _parts(node):
+        for part, other in _parts(node, order):
             scale = abs(other) if isinstance(other, float) else 1.0
             errors = growth.get(node, 1.0) / min(1.0, scale or 0.5**64)
-            if errors >= limit or not _alike(part, node) or part.op != "call_function":
+            if errors >= limit or not _alike(part, node) or part not in owners:
                 continue
             growth[part] = max(growth.get(part, 1.0), errors)
             with module.graph.inserting_after(node):
@@ -49,13 +54,16 @@ def offer_inverses(module: fx.GraphModule, nodes: Iterable[fx.Node]) -> int:
     return found
 
 
-def _parts(node: fx.Node) -> list[tuple[fx.Node, fx.Node | float]]:
+def _parts(node: fx.Node, order: dict[fx.Node, int]) -> list[tuple[fx.Node, fx.Node | float]]:
     """Values that follow from a result and the other operand."""
     if len(node.args) != 2 or node.kwargs:
         return []
     one, two = node.args
     if node.target is aten.add.Tensor and isinstance(one, fx.Node) and isinstance(two, fx.Node):
-        return [(one, two), (two, one)] if one is not two else []
+        # The stream is older than what a block adds to it, which is computed again in any case.
+        if one is two:
+            return []
+        return [(one, two)] if order[one] < order[two] else [(two, one)]
     if node.target is aten.mul.Tensor and isinstance(one, fx.Node) and isinstance(two, float):
         return [(one, two)]
     return []

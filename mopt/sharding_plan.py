@@ -146,7 +146,8 @@ def plan_sharding(
         found.append(_candidate(plan, stage, devices, weights, trained, link, spared))
     if not found:
         raise failed[max(failed)]
-    chosen = min(found, key=lambda one: (one.seconds, one.peak_bytes))
+    # Traffic that is hidden is not for free: of equal ones, the one that sends less.
+    chosen = min(found, key=lambda one: (one.seconds, one.sent_bytes, one.stage))
     return ShardingPlan(
         devices, device.id, memory, link, tuple(names[b] for b in blocks), chosen,
         tuple(one for one in found if one is not chosen),

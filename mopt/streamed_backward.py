@@ -8,238 +8,28 @@ values and weights add up over the pieces: the chain rule is linear in the gradi
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, export
-from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
-from mopt.errors import CaptureError, InputError, first_line
+from mopt.block_rows import BlockRows, Rows
+from mopt.errors import CaptureError, InputError
 
-_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 _TOLERANCE = 1e-4
-_OWN, _PAST = "own", "past"
-_Step = tuple[fx.Node, str]
-
-
-@dataclass
-class _Rows:
-    """The rows that are computed, ``begin`` to ``end`` of the sequence."""
-
-    begin: int
-    end: int
-
-
-class _Block:
-    """A block's graph, run for some rows.
-
-    ``border`` are the values of other rows that it reads: keys and values (``wanted``), positions.
-    """
-
-    def __init__(self, block: nn.Module, arguments: Sequence[Any], dim: int) -> None:
-        self.block, self.dim = block, dim
-        length = arguments[0].shape[dim]
-        rows = Dim("rows", min=2)
-        shapes = [
-            {i: rows for i, n in enumerate(a.shape) if n == length}
-            if isinstance(a, Tensor)
-            else None
-            for a in arguments
-        ]
-        try:
-            program = export(_Only(block), tuple(arguments), dynamic_shapes=(tuple(shapes),))
-        except (
-            RuntimeError,
-            ValueError,
-            TypeError,
-            torch._dynamo.exc.TorchDynamoException,
-        ) as error:
-            raise CaptureError(
-                f"a block could not be traced for any length: {first_line(error)}",
-                code="stream-capture",
-            ) from error
-        self.traced = program.module()
-        graph = self.traced.graph
-        self.inputs = [n for n in graph.nodes if n.op == "placeholder"]
-        (self.output,) = graph.output_node().all_input_nodes
-        self.symbol = str(self.inputs[0].meta["val"].shape[dim])
-        self.own: list[_Step] = []
-        self.past: list[_Step] = []
-        self.keys: list[_Step] = []
-        self.border: list[fx.Node] = []
-        self.wanted: list[fx.Node] = []
-        self._order()
-        self.parameters = [p for p in block.parameters() if p.requires_grad]
-
-    def axis(self, node: fx.Node) -> int | None:
-        """The dimension of a value that runs along the sequence; None: it has none."""
-        parts = [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)]
-        if not parts:
-            return None
-        # The parts of a list that a call gives run along the sequence alike.
-        value = parts[0]
-        found = [i for i, n in enumerate(value.shape) if self.symbol in str(n)]
-        if len(found) > 1:
-            raise CaptureError(
-                f"{node.name} has two dimensions along the sequence: only causal attention by "
-                "scaled_dot_product_attention may relate rows",
-                code="stream-mixes-rows",
-            )
-        return found[0] if found else None
-
-    def along(self, node: fx.Node) -> int:
-        """The dimension of a value of rows that runs along the sequence."""
-        found = self.axis(node)
-        assert found is not None
-        return found
-
-    def _order(self) -> None:
-        """The calls for a piece's output, those for its keys and values, and those for all rows."""
-        seen: set[tuple[fx.Node, int]] = set()
-
-        def visit(node: fx.Node, into: list[_Step]) -> None:
-            mode = _PAST if into is self.past else _OWN
-            if mode == _OWN and self._of_rows_only(node):
-                read(node)
-                return
-            if (node, id(into)) in seen:
-                return
-            seen.add((node, id(into)))
-            self._check(node)
-            for source in node.all_input_nodes:
-                if node.target is _ATTENTION and source in node.args[1:3]:
-                    if mode == _PAST:
-                        raise CaptureError(
-                            f"{node.name} is not the block's only attention",
-                            code="stream-mixes-rows", hint="name smaller blocks",
-                        )  # fmt: skip
-                    read(source)
-                else:
-                    visit(source, into)
-            into.append((node, mode))
-
-        def read(node: fx.Node) -> None:
-            if node not in self.border:
-                self.border.append(node)
-                visit(node, self.past)
-                if not self._of_rows_only(node):
-                    self.wanted.append(node)
-
-        visit(self.output, self.own)
-        for node in self.wanted:
-            visit(node, self.keys)
-
-    def _of_rows_only(self, node: fx.Node) -> bool:
-        """Whether a value is made of the number of rows alone, such as positions."""
-        if node.op != "call_function" or self.axis(node) is None:
-            return False
-        return not any(self.axis(source) is not None for source in node.all_input_nodes)
-
-    def _check(self, node: fx.Node) -> None:
-        self.axis(node)
-        if node.target is _ATTENTION:
-            masked = len(node.args) > 3 and node.args[3] is not None
-            causal = node.kwargs.get("is_causal", len(node.args) > 5 and node.args[5])
-            dropout = node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)
-            if masked or node.kwargs.get("attn_mask") is not None or not causal or dropout:
-                raise CaptureError(
-                    f"{node.name} is not plain causal attention (is_causal=True, no mask, no "
-                    "dropout)", code="stream-mixes-rows",
-                )  # fmt: skip
-        elif isinstance(node.target, torch._ops.OpOverload):
-            random = torch.Tag.nondeterministic_seeded in node.target.tags
-            if random and not (node.target is torch.ops.aten.dropout.default and not node.args[2]):
-                raise CaptureError(
-                    f"{node.name} draws random numbers, which pieces would draw in another order",
-                    code="stream-random", hint="set dropout to 0",
-                )  # fmt: skip
-
-    def run(
-        self, steps: Sequence[_Step], wanted: Sequence[fx.Node], rows: _Rows,
-        arguments: Sequence[Any], known: dict[fx.Node, Tensor],
-    ) -> list[Any]:  # fmt: skip
-        """Values of ``wanted`` for some rows; ``known`` are those of the rows up to their end."""
-        values: dict[fx.Node, Any] = dict(zip(self.inputs, arguments, strict=True))
-        uses: dict[fx.Node, int] = {}
-        for node, _ in steps:
-            for source in node.all_input_nodes:
-                uses[source] = uses.get(source, 0) + 1
-        for node in wanted:
-            uses[node] = uses.get(node, 0) + 1
-
-        def take(source: fx.Node) -> Any:
-            return values[source]
-
-        for node, mode in steps:
-            if node.op == "call_function":
-                if mode == _OWN and node.target is _ATTENTION:
-                    values[node] = self._attend(node, rows, take, known)
-                else:
-                    for source in node.all_input_nodes:
-                        if mode == _OWN and source in known:
-                            values[source] = self.cut(source, known[source], rows)
-                    given: Any = fx.map_arg((node.args, node.kwargs), take)
-                    call: Any = node.target
-                    values[node] = call(*given[0], **given[1])
-            elif node.op == "get_attr":
-                values[node] = self._weight(str(node.target))
-            for source in node.all_input_nodes:
-                uses[source] -= 1
-                if not uses[source]:
-                    values.pop(source, None)
-        return [values[node] for node in wanted]
-
-    def cut(self, node: fx.Node, value: Tensor, rows: _Rows) -> Tensor:
-        return value.narrow(self.along(node), rows.begin, rows.end - rows.begin)
-
-    def _attend(
-        self, node: fx.Node, rows: _Rows, take: Callable[[fx.Node], Any],
-        known: dict[fx.Node, Tensor],
-    ) -> Tensor:  # fmt: skip
-        query, key, value = node.args[:3]
-        assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
-        assert isinstance(value, fx.Node)
-        more = {k: v for k, v in node.kwargs.items() if k in ("scale", "enable_gqa")}
-        q = take(query)
-        if rows.begin == 0:
-            return F.scaled_dot_product_attention(
-                q, known[key], known[value], is_causal=True, **more
-            )
-        count = rows.end - rows.begin
-        # The mask's last row sees all keys; is_causal would let the first row see one.
-        mask = torch.ones(count, rows.end, dtype=torch.bool, device=q.device).tril(rows.begin)
-        return F.scaled_dot_product_attention(q, known[key], known[value], attn_mask=mask, **more)
-
-    def _weight(self, name: str) -> Any:
-        # The block's own weights, as they are now; constants that tracing made are its graph's.
-        inside = name.startswith("block.")
-        path, _, last = name.removeprefix("block.").rpartition(".")
-        return getattr((self.block if inside else self.traced).get_submodule(path), last)
-
-
-class _Only(nn.Module):
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, *arguments: Any) -> Any:
-        """What the block gives."""
-        return self.block(*arguments)
 
 
 class _Streamed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, block: _Block, pieces: int, count: int, *rest: Any) -> Tensor:
+    def forward(ctx: Any, block: BlockRows, pieces: int, count: int, *rest: Any) -> Tensor:
         arguments = rest[:count]
         ctx.block, ctx.pieces, ctx.rest = block, pieces, arguments[1:]
         ctx.save_for_backward(arguments[0])
         x = arguments[0]
         length = x.shape[block.dim]
-        whole = _Rows(0, length)
+        whole = Rows(0, length)
         border = block.run(block.past, block.border, whole, arguments, {})
         found = []
         for rows in _pieces(length, pieces):
@@ -254,7 +44,7 @@ class _Streamed(torch.autograd.Function):
         block, (x,) = ctx.block, ctx.saved_tensors
         length, dim, weights = x.shape[block.dim], block.dim, block.parameters
         arguments = (x.detach(), *ctx.rest)
-        border = block.run(block.past, block.border, _Rows(0, length), arguments, {})
+        border = block.run(block.past, block.border, Rows(0, length), arguments, {})
         to_keys = {
             n: torch.zeros_like(v)
             for n, v in zip(block.border, border, strict=True) if n in block.wanted
@@ -305,19 +95,19 @@ def _add(totals: list[Tensor | None], found: Sequence[Tensor | None]) -> None:
             totals[i] = one if total is None else total.add_(one)
 
 
-def _pieces(length: int, pieces: int) -> list[_Rows]:
+def _pieces(length: int, pieces: int) -> list[Rows]:
     width = -(-length // pieces)
-    return [_Rows(i, min(length, i + width)) for i in range(0, length, width)]
+    return [Rows(i, min(length, i + width)) for i in range(0, length, width)]
 
 
-def _slice(block: _Block, arguments: Sequence[Any], rows: _Rows) -> tuple[Any, ...]:
+def _slice(block: BlockRows, arguments: Sequence[Any], rows: Rows) -> tuple[Any, ...]:
     return tuple(
         a if block.axis(n) is None else block.cut(n, a, rows)
         for n, a in zip(block.inputs, arguments, strict=True)
     )
 
 
-def _up_to(block: _Block, border: Sequence[Tensor], end: int) -> dict[fx.Node, Tensor]:
+def _up_to(block: BlockRows, border: Sequence[Tensor], end: int) -> dict[fx.Node, Tensor]:
     return {
         node: value.narrow(block.along(node), 0, end)
         for node, value in zip(block.border, border, strict=True)
@@ -354,20 +144,45 @@ def stream_blocks(
         model(*args)
     for hook in hooks:
         hook.remove()
+    traces: list[BlockRows] = []
     for block in chosen:
         arguments = seen.get(block)
         if not arguments:
             raise InputError("a block gets no positional input", code="stream-blocks")
         if any(isinstance(a, Tensor) and a.requires_grad for a in arguments[1:]):
             raise InputError("only a block's first input may need a gradient", code="stream-blocks")
-        streamed = _Block(block, arguments, dim)
-        _compare(block, streamed, arguments, pieces)
+        streamed = _of_another(block, traces, arguments, pieces)
+        if streamed is None:
+            streamed = BlockRows(block, arguments, dim)
+            _compare(block, streamed, arguments, pieces)
+            traces.append(streamed)
         own: Any = block
         own.forward = _forward(streamed, pieces)
     return chosen
 
 
-def _forward(block: _Block, pieces: int) -> Callable[..., Tensor]:
+def _of_another(
+    block: nn.Module, traces: Sequence[BlockRows], arguments: Sequence[Any], pieces: int
+) -> BlockRows | None:
+    """The trace of an equal block with this one's weights; None where there is none that fits."""
+
+    def kind(one: nn.Module) -> object:
+        return type(one), [(n, t.shape, t.dtype) for n, t in one.state_dict().items()]
+
+    for trace in traces:
+        if kind(trace.block) == kind(block):
+            found = copy.copy(trace)
+            found.block = block
+            found.parameters = [p for p in block.parameters() if p.requires_grad]
+            try:
+                _compare(block, found, arguments, pieces)
+            except CaptureError:
+                continue  # equal weights, but another computation
+            return found
+    return None
+
+
+def _forward(block: BlockRows, pieces: int) -> Callable[..., Tensor]:
     def run(*arguments: Any) -> Tensor:
         found: Tensor = _Streamed.apply(
             block, pieces, len(arguments), *arguments, *block.parameters
@@ -391,7 +206,7 @@ def repeated_blocks(model: nn.Module) -> Sequence[nn.Module]:
     return max(lists, key=lambda b: sum(p.numel() for m in b for p in m.parameters()))
 
 
-def _compare(block: nn.Module, streamed: _Block, arguments: Sequence[Any], pieces: int) -> None:
+def _compare(block: nn.Module, streamed: BlockRows, arguments: Sequence[Any], pieces: int) -> None:
     """Raise where rows meet in a way that the trace does not show."""
     first = arguments[0].detach()
     found = []

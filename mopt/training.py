@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from mopt.call_cost import Measured, estimate, priced_by
@@ -328,8 +328,19 @@ class TrainingSession:
 
 
 def _values(module: fx.GraphModule) -> list[fx.Node]:
-    """Forward's calls and their parts, in order."""
-    return [n for n in module.graph.nodes if n.op == "call_function" and not is_backward(n)]
+    """Forward's calls and their parts, in order, without views of earlier values and of inputs."""
+    seen: set[int] = set()
+    found = []
+    for node in module.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            key = value.untyped_storage()._cdata
+            if key in seen:
+                continue
+            seen.add(key)
+        if node.op == "call_function" and not is_backward(node):
+            found.append(node)
+    return found
 
 
 def plain_peak(problem: RecomputeProblem) -> int:

@@ -30,13 +30,14 @@ class Timetable:
 
 def priced(problem: RecomputeProblem, share: float) -> RecomputeProblem:
     """The problem with each transfer at a share of its time: the price of a second of the link."""
-    assert problem.link is not None
+    link = problem.link
+    assert link is not None
 
     def with_price(call: Call) -> Call:
         if call.form != OFFLOAD or call.again is None:
             return call
         size = moved_bytes(problem, call)
-        seconds = share * (size / problem.link.write + size / problem.link.read)
+        seconds = share * (size / link.write + size / link.read)
         return replace(call, again=replace(call.again, seconds=seconds))
 
     return replace(problem, forward=tuple(map(with_price, problem.forward)))

@@ -70,6 +70,29 @@ def descend(tables: Tables, work: int, *, kept: bool = False) -> list[Point]:
     return found
 
 
+def last_ways(tables: Tables) -> list[Point]:
+    """Plans that have all values but the last few again, each in the last way that it has.
+
+    Steps from keeping everything do not find a chain of inverses, which pays only as a whole.
+    """
+    found = []
+    count = len(tables.problem.sizes)
+    order = sorted(tables.several.tolist(), key=lambda v: tables.problem.maker[v])
+    for kept in range(min(5, len(order))):
+        for state in (0, tables.never):
+            since = tables.blank(())
+            since[tables.free] = state
+            for place, v in enumerate(order):
+                if place >= len(order) - kept:
+                    since[v] = SAVED
+                else:
+                    since[count + v] = tables.problem.ways[v][-1]
+            one = tables.point(since)
+            if one is not None:
+                found.append(one)
+    return found
+
+
 def polish(tables: Tables, start: Point, budget: int, work: int) -> Point:
     """A plan within the budget that repeats fewer seconds, by single steps and exchanges.
 

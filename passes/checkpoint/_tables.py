@@ -72,10 +72,10 @@ class Tables:
 
     def drops(self, since: Ints, values: Sequence[int]) -> Iterator[Ints]:
         """Plans like ``since`` that give up ``values``: held or not, one value in each way."""
-        ways: Sequence[int] = ()
+        ways: list[int] = []
         if len(values) == 1:
             v = int(values[0])
-            ways = self.arrays.ways[self.arrays.ways_at[v] : self.arrays.ways_at[v + 1]]
+            ways = list(self.problem.ways.get(v, ()))
         for way in ways if len(ways) > 1 else (None,):
             for state in (0, self.never):
                 found = since.copy()

@@ -14,7 +14,7 @@ from mopt.passes.checkpoint._chain import Chain
 from mopt.passes.checkpoint._exact import small_enough, solve_exactly
 from mopt.passes.checkpoint._link_prices import plan_with_link
 from mopt.passes.checkpoint._order import Draft
-from mopt.passes.checkpoint._search import descend, polish, shake
+from mopt.passes.checkpoint._search import descend, last_ways, polish, shake
 from mopt.passes.checkpoint._tables import Point, Tables
 from mopt.recompute import OFFLOAD, RecomputePlan, RecomputeProblem
 
@@ -115,6 +115,7 @@ class _Ladder:
     seconds: float
     solver: str = "auto"
     pool: list[Point] = field(default_factory=list)
+    others: list[Point] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     _solved: dict[int, _Found | None] = field(default_factory=dict)
     _chain: Chain | None = None
@@ -123,7 +124,8 @@ class _Ladder:
         tables, problem = self.tables, self.tables.problem
         self.work = int(self.seconds * _TOUCHES)
         self.pool = descend(tables, self.work // 4)
-        self.least = min(self.pool, key=lambda p: p.peak)
+        self.others = last_ways(tables)
+        self.least = min([*self.pool, *self.others], key=lambda p: p.peak)
         self.most = self.pool[0].peak
         grain = math.gcd(*problem.sizes) or 1
         self.step = max((self.most - problem.constant) / LEVELS, float(grain))
@@ -154,10 +156,11 @@ class _Ladder:
         tables = self.tables
         starts = [(p, "greedy") for p in self.pool if p.peak <= budget]
         starts = [min(starts, key=lambda s: s[0].cost)] if starts else []
+        others = [(p, "last ways") for p in self.others if p.peak <= budget]
+        starts += [min(others, key=lambda s: s[0].cost)] if others else []
         if self.solver == "greedy":
-            if not starts:
-                return None
-            return polish(tables, starts[0][0], budget, self.work // 8), "greedy"
+            done = [(polish(tables, p, budget, self.work // 8), name) for p, name in starts]
+            return min(done, key=lambda s: s[0].cost) if done else None
         chained = self._chained(budget)
         if chained is not None:
             starts.append((chained, "chain"))
