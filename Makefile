@@ -34,5 +34,12 @@ $(VENV)/.dev: $(VENV)/.run
 	$(PIP) install --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+docs: $(VENV)/.docs ## the site, in site/
+	$(BIN)/python -m mkdocs build --strict
+
+$(VENV)/.docs: $(VENV)/.run
+	$(PIP) install --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis out
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis out

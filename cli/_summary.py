@@ -98,8 +98,8 @@ def _interval(speed: Mapping[str, Any]) -> str:
 
 def _quality_rows(quality: Mapping[str, Any], verbose: bool) -> list[list[str]]:
     rows = []
-    if quality["metric"] is not None:
-        old, new = quality["baseline"], quality["result"]
+    old, new = quality["baseline"], quality["result"]
+    if quality["metric"] is not None and old is not None and new is not None:
         less, more = ("worse", "better") if quality["higher_is_better"] else ("better", "worse")
         rows.append([quality["metric"], f"{old:.4g}", f"{new:.4g}",
                      change(old, new, less, more), "measured"])  # fmt: skip

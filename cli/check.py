@@ -164,7 +164,7 @@ def _compile(
                 dynamic_shapes=source.dynamic_shapes,
                 seed=model.seed,
                 name=source.name,
-                settings=Settings(measure=measure),
+                settings=Settings(measure=measure, uncompressed_beside=not smoke),
                 progress=progress,
             )
         except BudgetNotMet as missed:

@@ -51,13 +51,15 @@ _MEASURE_SHARE = 0.5
 class Settings:
     """How to measure: ``threads`` None means what the runtime picks.
 
-    Nothing is measured for a target that is another machine, whatever ``measure`` says.
+    Nothing is measured for a target that is another machine, whatever ``measure`` says. Without
+    ``uncompressed_beside`` the uncompressed model is not built: its size is that of its weights.
     """
 
     measure: bool = True
     measure_seconds: float = 20.0
     threads: int | None = None
     eager_beside: bool = True
+    uncompressed_beside: bool = True
 
 
 def compile(
@@ -226,13 +228,16 @@ class _Maker:
     def _uncompressed(self) -> Artifact:
         """The uncompressed model, lowered; only its size where it would not fit into memory."""
         whole = self.base.size_bytes()
+        if not self.settings.uncompressed_beside:
+            return _weights_alone(self.base)
         if self.allowance.fits(_LOWERED_TIMES * whole):
             artifact = lower(self.base, self.backend, target=self.target)
             check_parity(self.base, artifact, self.program)
             return artifact
         self.allowance.say(
             f"the uncompressed model ({whole / 1e9:.2f} GB) was not built beside the result, for "
-            "want of memory: its size is that of its weights, and no times are compared"
+            "want of memory: its size is that of its weights, no times are compared, and the "
+            "result is checked at one input size"
         )
         return _weights_alone(self.base)
 
@@ -274,7 +279,8 @@ class _Maker:
         artifact = lower(result, self.backend, target=self.target)
         artifact.manifest["recipe"] = self.recipe.to_toml(full=True)
         artifact.manifest["seed"] = self.context.seed
-        parity = check_parity(result, artifact, self.program)
+        once = self.settings.uncompressed_beside and not self.baseline_artifact.manifest["parts"]
+        parity = check_parity(result, artifact, self.program, sizes=1 if once else 2)
         store_sample(result, artifact)
         sizes = "one input size" if parity.sizes == 1 else f"{parity.sizes} input sizes"
         progress.end(f"{self.backend}, checked at {sizes}")
