@@ -170,7 +170,8 @@ def damaged_cache(options: argparse.Namespace, place: Callable[[str], Place]) ->
     """Every entry of the cache torn or changed: dropped with a warning, the result is the same."""
     here = place("cache")
     here.run(*compile_arguments(options, "first"))
-    entries = sorted(p for p in (here.folder / "cache").rglob("*") if p.is_file())
+    records = here.folder / "cache" / "mopt" / "records"
+    entries = sorted(p for p in records.rglob("*") if p.is_file())
     for index, path in enumerate(entries):
         data = bytearray(path.read_bytes())
         if index % 2:
