@@ -3,7 +3,8 @@
     python -m benchmarks.memory_models [--models unet2d,vit] [--write]
 
 For every model of the zoo: the peak of the plain module, the peak by the plan (planned and
-replayed), the bound that was proved, the ratio of times, and the plan for a small device. With
+replayed), the bound that was proved, the ratios of times to the module and to the same program
+without a plan, and the plan for a small device. Results are merged by model. With
 ``--stream`` the share of weights in memory and the time of a run that reads them from the page
 cache. All peaks are PyTorch's allocator's (weights and inputs not counted), in one thread.
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mopt.allocations import record_allocations
 from mopt.frontend import capture
@@ -45,22 +47,23 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
+    kind = "streaming" if options.stream else "models"
     for name in options.models.split(","):
         row = _measure(name, options.rounds, options.stream)
-        rows.append(row)
         print(json.dumps(row), flush=True)
-    if options.write:
-        data = {
-            "date": time.strftime("%Y-%m-%d"),
-            "torch": torch.__version__,
-            "threads": 1,
-            "machine": machine_fingerprint(),
-            "models": rows,
-        }
-        kind = "streaming" if options.stream else "models"
-        path = RESULTS / f"memory-{kind}-{data['date']}.json"
-        path.write_text(json.dumps(data, indent=2) + "\n")
+        if options.write:
+            _store(RESULTS / f"memory-{kind}.json", row)
+
+
+def _store(path: Path, row: dict[str, Any]) -> None:
+    """Put a row in the place of the one of the same model."""
+    stored = json.loads(path.read_text())["models"] if path.exists() else []
+    rows = {one["model"]: one for one in stored} | {row["model"]: row}
+    data = {
+        "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "threads": 1,
+        "machine": machine_fingerprint(), "models": [rows[name] for name in sorted(rows)],
+    }  # fmt: skip
+    path.write_text(json.dumps(data, indent=2) + "\n")
 
 
 def _measure(name: str, rounds: int, stream: bool) -> dict[str, Any]:
@@ -76,7 +79,7 @@ def _measure(name: str, rounds: int, stream: bool) -> dict[str, Any]:
     row: dict[str, Any] = {"model": name, "eager_bytes": log.total.peak,
                            "outputs_bytes": log.total.kept}  # fmt: skip
     del kept
-    row["plans"] = {recipe: _planned(program, steps, rounds, log.total.peak)
+    row["plans"] = {recipe: _planned(module, program, steps, rounds, log.total.peak)
                     for recipe, steps in RECIPES.items()}  # fmt: skip
     device = make_pass("plan-memory", {"for_device": True})
     plan = Pipeline([device]).run(program).plan["memory"]
@@ -86,15 +89,17 @@ def _measure(name: str, rounds: int, stream: bool) -> dict[str, Any]:
 
 
 def _planned(
-    program: Program, steps: tuple[str, ...], rounds: int, eager_bytes: int
+    module: nn.Module, program: Program, steps: tuple[str, ...], rounds: int, eager_bytes: int
 ) -> dict[str, Any]:
     context = PassContext(backend="eager")
     result = Pipeline([make_pass(step, {}) for step in steps]).run(program, context)
     artifact = lower(result, "eager")
     plan = json.loads((artifact.folder / "plan.json").read_text())
     args = program.args
-    with artifact.load() as planned, lower(program, "eager").load() as plain:
+    with artifact.load() as planned, lower(program, "eager").load() as plain, torch.no_grad():
         ratios = _ratios(lambda: planned(*args), lambda: plain(*args), rounds)
+        eager = _ratios(lambda: planned(*args), lambda: module(*args), rounds)
+    ratios |= {f"eager_{key}": value for key, value in eager.items()}
     return {
         **{key: plan[key] for key in ("peak_bytes", "measured_bytes", "arena_bytes",
                                       "lower_bound_bytes", "gap", "seconds")},

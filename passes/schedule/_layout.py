@@ -21,6 +21,7 @@ from mopt.passes.schedule import _greedy
 from mopt.passes.schedule._instance import Instance, make_instance
 from mopt.passes.schedule._run import LIMIT, REFUTED, SOLVED, Clock, Guide, run
 from mopt.passes.schedule._variants import AS_IS, USUAL, Variant, Variants, greedy_on, guesses
+from mopt.passes.schedule._windows import Windows
 
 _ORDERS = (
     ("duration", 0.0), ("size", 0.5), ("area", 0.0), ("duration", 0.5), ("start", 0.0),
@@ -40,6 +41,8 @@ _ORDERS_TO_BISECT = 3
 # Dives: how far below the best layout towards the bound, tries on each variant, nodes of a try,
 # and their part of the time left in a round.
 _FIRST_DIVE, _LAST_DIVE, _DIVES, _DIVE_NODES, _DIVE_SHARE = 0.5, 0.01, 5, 50, 0.5
+# Storages from which on layouts are made lower window by window, and the part of the time for it.
+_MANY, _WINDOW_SHARE = 200, 0.5
 # Targets between the bound and the best layout in a round, before tries last longer.
 _BISECTIONS = 6
 
@@ -152,6 +155,7 @@ class _Search:
                 self._try(self.enough, orders, variants, growth)
             return
         self._dive(turn)
+        self._lower_the_top()
         given_up = self.floor
         for _ in range(_BISECTIONS):
             target = (given_up + self.best.peak) // 2
@@ -175,6 +179,20 @@ class _Search:
                 share = min(_FIRST_DIVE, 2 * share)
             else:
                 share /= 2
+
+    def _lower_the_top(self) -> None:
+        """What lies highest placed again, with what is near it, where there is much else."""
+        if self._is_done() or len(self.storages) < _MANY:
+            return
+        windows = Windows(self.storages, self.clock, self.rng, self._guide)
+        with self.clock.until(time.monotonic() + _WINDOW_SHARE * self.clock.left()):
+            offsets = windows.lower(self.best.offsets, self.floor)
+        self.best.take(offsets, _greedy.top_of(self.storages, offsets), "windows")
+
+    def _guide(self, instance: Instance, number: int) -> Guide:
+        order = _ORDERS[number % len(_ORDERS)]
+        seed = int(self.rng.integers(2**32)) if number else None
+        return Guide(_rank(instance, _Order(*order, seed)), order[1])
 
     def _some_variants(self, turn: int) -> Iterator[Variant]:
         yield from USUAL
