@@ -20,8 +20,9 @@ from mopt.signature import Signature
 
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
-# A protobuf message ends at 2 GiB; larger weights stand in a file beside it.
-EXTERNAL_FROM_BYTES = 1 << 30
+# A protobuf message ends at 2 GiB, and making or reading a large one takes three times its bytes;
+# weights in a file beside it are written one by one and mapped when they are read.
+EXTERNAL_FROM_BYTES = 1 << 28
 
 
 class OnnxModelRunner:
@@ -63,7 +64,7 @@ class OnnxBackend:
         return found
 
     def lower(self, program: Program, folder: Path, signature: Signature) -> list[str]:
-        """Write ``model.onnx``, with the weights beside it from 1 GiB on."""
+        """Write ``model.onnx``, with the weights beside it from 256 MiB on."""
         model = export_onnx(
             program.graph_module,
             program.args,
