@@ -13,13 +13,15 @@ import torch
 
 from mopt.backends.onnx.export import export_onnx
 from mopt.backends.onnx.finish import name_sizes
-from mopt.backends.onnx.session import open_session
+from mopt.backends.onnx.session import open_session, probe_file
 from mopt.pass_base import Skip
 from mopt.program import Program, site_of
 from mopt.signature import Signature
 
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
+# Int4 weights become floats of eight times their size, which the runtime holds up to three times.
+_PROBE_BYTES, _PROBE_TIMES = 1 << 30, 24
 # A protobuf message ends at 2 GiB, and making or reading a large one takes three times its bytes;
 # weights in a file beside it are written one by one and mapped when they are read.
 EXTERNAL_FROM_BYTES = 1 << 28
@@ -89,6 +91,11 @@ class OnnxBackend:
     def open(self, folder: Path, signature: Signature, *, threads: int | None) -> OnnxModelRunner:
         """Load a lowered model."""
         return OnnxModelRunner(folder, signature, threads)
+
+    def probe(self, folder: Path) -> None:
+        """Check a model and load it once in a child, which it may crash or fill."""
+        size = sum(path.stat().st_size for path in folder.glob(f"{MODEL}*"))
+        probe_file(folder, max_memory=_PROBE_BYTES + _PROBE_TIMES * size)
 
     def bench_command(self, folder: Path, inputs: Path, *, threads: int | None) -> list[str]:
         """Time the model in a fresh process that does not import torch."""
