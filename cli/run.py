@@ -58,6 +58,7 @@ def _run(
     from mopt.input_files import named_arrays, nest_inputs, read_call, read_flat
     from mopt.lowering import open_artifact, read_manifest
     from mopt.model_source import load_source
+    from mopt.probing import probe_artifact
     from mopt.signature import Signature
 
     manifest = read_manifest(folder)
@@ -74,5 +75,6 @@ def _run(
             code="needs-module",
             hint="pass --model MODEL as it was given to mopt compile",
         )
+    probe_artifact(folder, manifest)
     with open_artifact(Path(folder), manifest, module=module, threads=threads) as loaded:
         return named_arrays(loaded(*args, **kwargs))

@@ -43,6 +43,7 @@ def command(
     threads: int | None,
 ) -> None:
     from mopt.lowering import SAMPLE, read_manifest
+    from mopt.probing import probe_artifact
 
     manifest = read_manifest(folder)
     files = manifest["files"]
@@ -50,6 +51,7 @@ def command(
     rows = [["files", f"{plural(len(files), 'file')}, {disk_size(size)}: every hash matches"]]
     found: dict[str, Any] = {"files": len(files), "bytes": size, "sample": None, "model": None}
     with out.user_code():
+        probe_artifact(folder, manifest)
         if SAMPLE in files and manifest["kind"] == "whole":
             drift = _check_sample(Path(folder), manifest, threads)
             found["sample"] = drift.as_json()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from mopt.frontend import capture
 from mopt.json_files import json_bytes
 from mopt.lowering import lower
+from mopt.registry import find_backend
 from mopt.safe_read import sha256_of
 from tests.cli.command_line import NET, Call
 
@@ -298,3 +300,19 @@ def test_names_in_a_strangers_report_are_escaped(mopt: Call, artifact: str) -> N
     assert done.code == 0
     assert "\x1b" not in done.out
     assert "\\x1b]0;owned\\x07" in done.out
+
+
+@pytest.mark.parametrize("verb", ["run", "verify"])
+def test_a_model_that_ends_its_runtime_ends_a_child_only(
+    mopt: Call, artifact: str, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The artifact is of another backend, which is quicker to make: what loads it is replaced.
+    crash = [sys.executable, "-c", "import os; os.abort()"]
+    monkeypatch.setattr("mopt.probing.find_backend", lambda name: find_backend("onnx"))
+    monkeypatch.setattr("mopt.backends.onnx.session._child_command", lambda path: crash)
+    np.savez("x.npz", x=np.zeros((4, 256), np.float32))
+    more = ["--input", "x.npz", "--output", "y.npz"] if verb == "run" else []
+    done = mopt(verb, artifact, *more)
+    assert done.code == 2
+    assert "error[child-crashed]" in done.err
+    assert not Path("y.npz").exists()
