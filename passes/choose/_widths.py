@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import gcd
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -35,8 +34,6 @@ from mopt.unit_scores import collect_moments, output_scores
 # What is kept of a group, in percent.
 KEPT = (75, 50)
 _PREFIX = "width-"
-# Groups in which a width with the readers fitted again is compared with one without.
-_FITTED_SAMPLE = 3
 Shape = tuple[int, ...]
 
 
@@ -303,28 +300,28 @@ def _summed(amounts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def fill_losses(widths: Widths, losses: Losses, ctx: PassContext) -> None:
-    """Measure what every width costs; what fitting the readers leaves of it, in a sample."""
+    """What every width costs: measured alone, scaled by what all of them cost together.
+
+    Narrower layers make each other's errors worse, and fitting their readers again makes them
+    smaller: one measurement with all groups at a width tells both.
+    """
     work = [(one, option) for one in widths.found for option in one.sites.options[1:]]
     for index, (one, option) in enumerate(work):
         ctx.progress.step(index, len(work), "widths of layers")
-        option.loss = _loss(losses, one, option, fitted=False)
-        option.loss_source = "exact"
-    found = [(one, option) for one, option in work if option.loss > 0]
-    if not found or ctx.calibration is None:
-        return
-    step = max(1, len(found) // _FITTED_SAMPLE)
-    sample = found[::step][:_FITTED_SAMPLE]
-    ratios = []
-    for index, (one, option) in enumerate(sample):
-        ctx.progress.step(index, len(sample), "narrower layers fitted again")
-        ratios.append(_loss(losses, one, option, fitted=True) / option.loss)
-    for _, option in found:
-        option.loss *= min(median(ratios), 1.0)
-        option.loss_source = "estimated"
+        option.loss = _loss(losses, one.removed[option.name], fitted=False)
+    names = list(dict.fromkeys(option.name for _, option in work))
+    for index, name in enumerate(names):
+        ctx.progress.step(index, len(names), "narrower layers together")
+        own = [(one, option) for one, option in work if option.name == name]
+        mask = np.logical_or.reduce([one.removed[name] for one, _ in own])
+        alone = sum(option.loss for _, option in own)
+        factor = _loss(losses, mask, fitted=True) / alone if alone else 0.0
+        for _, option in own:
+            option.loss *= factor
+            option.loss_source = "exact" if len(own) == 1 else "estimated"
 
 
-def _loss(losses: Losses, one: Width, option: Option, *, fitted: bool) -> float:
-    mask = one.removed[option.name]
+def _loss(losses: Losses, mask: Mask, *, fitted: bool) -> float:
     key = {
         "width": np.flatnonzero(mask).tolist(), "fitted": fitted,
         "width_source": source_hash(__file__, coupling.__file__ or ""),
