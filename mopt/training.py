@@ -163,7 +163,10 @@ class GraphPlan:
                 times = 0 if call.form not in ("", INVERSE) else times
                 for place, value in enumerate((kept, small, out, gone, times, again)):
                     row[place] += value
-        return [LayerPlan(n, *map(int, r[:5]), r[5]) for n, r in rows.items()]
+        return [
+            LayerPlan(n, int(r[0]), int(r[1]), int(r[2]), int(r[3]), int(r[4]), r[5])
+            for n, r in rows.items()
+        ]
 
     def to_data(self) -> dict[str, Any]:
         """The plan as JSON holds it, layers included."""

@@ -31,7 +31,7 @@ def plan_with_link(problem: RecomputeProblem, budget: int, solve: Solve) -> Reco
     plain = solve(_without(problem), 1 << 62).figures
     step = max(1, (plain.peak - problem.constant) // _LEVELS)
     if budget >= plain.peak:
-        return replace(solve(_without(problem), budget))
+        return solve(_without(problem), budget)
     level = plain.peak - -(-(plain.peak - budget) // step) * step
     try:
         found = _best(problem, level, solve)
@@ -39,7 +39,10 @@ def plan_with_link(problem: RecomputeProblem, budget: int, solve: Solve) -> Reco
         level, found = budget, _best(problem, budget, solve)
     while found.figures.peak <= level - step:
         level -= step
-        found = _best(problem, level, solve)
+        try:
+            found = _best(problem, level, solve)
+        except BudgetNotMet:
+            break  # the searches do not find again what they found with more room
     bound = least_seconds(problem, plain.live, budget)
     return replace(found, budget=budget, plain=plain, seconds_bound=min(bound, found.seconds))
 

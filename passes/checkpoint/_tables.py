@@ -70,7 +70,7 @@ class Tables:
         since[list({*kept, *self.fixed})] = SAVED
         return since
 
-    def drops(self, since: Ints, values: Sequence[int]) -> Iterator[Ints]:
+    def drops(self, since: Ints, values: Sequence[int] | Ints) -> Iterator[Ints]:
         """Plans like ``since`` that give up ``values``: held or not, one value in each way."""
         ways: list[int] = []
         if len(values) == 1:
