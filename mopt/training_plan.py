@@ -64,8 +64,9 @@ def plan_with_savings(
         if any(getattr(options, name) for name in names):
             continue
         try:
-            more = replace(options, **dict.fromkeys(names, True))
-            found = plan_training(model, example_inputs, more, loss=loss, measured=measured)
+            more: dict[str, Any] = dict.fromkeys(names, True)
+            wider = replace(options, **more)
+            found = plan_training(model, example_inputs, wider, loss=loss, measured=measured)
             return found, names
         except BudgetNotMet as error:
             failed.append(error)
