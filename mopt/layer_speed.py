@@ -20,7 +20,7 @@ _ROUNDS = 2
 _SECONDS = 0.6
 _TIMEOUT = 120.0
 # A layer counts as slower from this factor on, if that is this share of the model's time.
-_FACTOR, _SHARE = 1.15, 0.005
+_FACTOR, _SHARE = 1.15, 0.01
 
 
 def slower_layers(

@@ -97,12 +97,14 @@ def test_what_is_slower_when_measured_is_not_taken() -> None:
 
 
 def test_a_layer_that_turned_out_slower_is_chosen_again() -> None:
-    built = {"a": Built(Made("a"), 40, 0.5, slower={"layer": (1.0, 1.5)}),
-             "b": Built(Made("b"), 42, 0.6)}  # fmt: skip
+    built = {"a": Built(Made("a"), 40, 0.5, 0.95, slower={"layer": (1.0, 1.5)}),
+             "b": Built(Made("b"), 42, 0.6, 0.99), "c": Built(Made("c"), 42, 0.6, 0.9)}  # fmt: skip
     best, story = loop(["a", "b"], built, "size<=50B")
     assert best is built["b"]
     assert story[0]["slower_layers"] == {"layer": [1.0, 1.5]}
-    assert loop(["a"], built, "size<=50B", allow_slower=True)[0] is built["a"]
+    # The model as a whole decides.
+    assert loop(["a", "c"], built, "size<=50B")[0] is built["a"]
+    assert len(loop(["a"], built, "size<=50B", allow_slower=True)[1]) == 1
 
 
 def test_where_only_quality_is_limited_the_uncompressed_model_is_within() -> None:
