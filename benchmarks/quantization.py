@@ -1,6 +1,6 @@
 """What weight-only rounding of the zoo's language model costs, method by method.
 
-    python -m benchmarks.quantization --bits 4 --seeds 3 --output results.json
+    python -m benchmarks.quantization --bits 4 3 2 --seeds 3 --output results.json
 
 Every method rounds all linear layers (the head included) to groups of 128, with float activations
 (with 2 bits, inputs in 8 bits, as the kernels compute). The calibration data is drawn anew for each
@@ -11,7 +11,9 @@ the share of the loss of round-to-nearest, as it is commonly done (zero points, 
 that a method takes back, in both measures; "of best" the same against round-to-nearest with the
 ranges that are best for it here (least squared error). With 2 bits both are of 3 bits: what is
 asked there is to beat those. Steps that several methods share run once per seed, and count in the
-seconds of each.
+seconds of each. What the output file holds already is not measured again, so a run that was
+stopped goes on where it was. ``benchmarks.quantization_recipes`` measures whole recipes on three
+models.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mopt.calibration import Calibration
+from mopt.files import write_file_atomic
 from mopt.frontend import capture
 from mopt.models import pydoc_gpt
 from mopt.pass_base import PassContext
@@ -37,9 +40,9 @@ from mopt.registry import make_pass
 
 Options = dict[str, object]
 Steps = list[tuple[str, Options]]
+Entry = dict[str, Any]
 COMMON = "round to nearest, zero points, min-max"
 BEST = "round to nearest, least squares"
-TUNE: tuple[str, Options] = ("tune-scales", {"steps": 100, "rate": 0.004})
 
 
 def methods(bits: int) -> dict[str, Steps]:
@@ -58,32 +61,37 @@ def methods(bits: int) -> dict[str, Steps]:
         COMMON: [("quantize-weights", {**zeros, "ranges": "min-max"})],
         BEST: [("quantize-weights", common)],
         "round to nearest, zero points": [("quantize-weights", zeros)],
+        "clip for the output": [("quantize-weights", {**common, **clip})],
         "AWQ (scales and clip)": [scale, ("quantize-weights", {**common, **clip})],
         "AWQ, zero points": [scale_zeros, ("quantize-weights", {**zeros, **clip})],
         "GPTQ, plain": [("quantize-gptq", {**common, **plain})],
         "GPTQ": [gptq],
-        "GPTQ, tuned scales": [gptq, TUNE],
-        "GPTQ, zero points": [gptq_zeros],
-        "GPTQ, zero points, tuned scales": [gptq_zeros, TUNE],
-        "AdaRound by blocks": [("quantize-adaround", {**common, "steps": 100})],
         "AWQ scales, GPTQ": [scale, gptq],
-        "clip for the output": [("quantize-weights", {**common, **clip})],
+        "GPTQ, tuned scales": [gptq, _tuned(200)],
+        "GPTQ, zero points": [gptq_zeros],
+        "GPTQ, zero points, tuned scales": [gptq_zeros, _tuned(200)],
+        "AdaRound by blocks": [("quantize-adaround", {**common, "steps": 100})],
     }
 
 
 def _two_bits() -> dict[str, Steps]:
     three: Options = {"bits": 3, "group": 128, "activations": "float"}
     two: Options = {"bits": 2, "group": 128, "symmetric": False}
+    gptq: tuple[str, Options] = ("quantize-gptq", two)
     trained: tuple[str, Options] = ("quantize-qat", {**two, "steps": 300})
-    tune: tuple[str, Options] = (TUNE[0], {**TUNE[1], "steps": 300})
     return {
         COMMON: [("quantize-weights", {**three, "symmetric": False, "ranges": "min-max"})],
         BEST: [("quantize-weights", three)],
         "2 bits, round to nearest": [("quantize-weights", two)],
-        "2 bits, GPTQ": [("quantize-gptq", two)],
+        "2 bits, GPTQ": [gptq],
+        "2 bits, GPTQ, tuned scales": [gptq, _tuned(300)],
         "2 bits, trained by blocks": [trained],
-        "2 bits, trained by blocks, tuned scales": [trained, tune],
+        "2 bits, trained by blocks, tuned scales": [trained, _tuned(300)],
     }
+
+
+def _tuned(steps: int) -> tuple[str, Options]:
+    return "tune-scales", {"steps": steps, "rate": 0.004}
 
 
 def draw(seed: int, windows: int) -> list[tuple[Tensor]]:
@@ -144,9 +152,79 @@ class Judge:
         return torch.cat([program.run(ids).float().log_softmax(-1) for ids in batches])
 
 
+class Results:
+    """Measured entries, one for each bits, method and seed, written to a file after each."""
+
+    def __init__(self, path: Path | None, settings: Entry) -> None:
+        self._path, self._settings = path, settings
+        self.entries: list[Entry] = []
+        if path is not None and path.exists():
+            known = json.loads(path.read_text(encoding="utf-8"))
+            self.entries = [one for one in known if settings.items() <= one.items()]
+
+    def find(self, bits: int, method: str) -> list[Entry]:
+        """The entries of a method, seed by seed."""
+        return [one for one in self.entries if (one["bits"], one["method"]) == (bits, method)]
+
+    def add(self, entry: Entry) -> None:
+        self.entries.append({**entry, **self._settings})
+        if self._path is not None:
+            write_file_atomic(self._path, (json.dumps(self.entries, indent=1) + "\n").encode())
+
+
+def needs_data(steps: Steps) -> bool:
+    """Whether any of the passes cannot run without calibration data."""
+    return any(make_pass(one, given).requires(None, PassContext()) for one, given in steps)  # type: ignore[arg-type]
+
+
+def measure(results: Results, bits: int, only: list[str], seeds: int, judge: Judge,
+            rounder: Rounder) -> None:  # fmt: skip
+    """Everything of that width that the results do not hold yet."""
+    for name, steps in methods(bits).items():
+        if only and name not in (*only, COMMON, BEST):
+            continue
+        known = {one["seed"] for one in results.find(bits, name)}
+        for seed in range(seeds if needs_data(steps) else 1):
+            if seed in known:
+                continue
+            result, seconds = rounder.after(steps, seed)
+            lost, divergence = judge.loss(result)
+            results.add(dict(bits=bits, method=name, seed=seed, lost=lost, divergence=divergence,
+                             seconds=round(seconds, 1), steps=steps))  # fmt: skip
+            print(f"{bits} bits, {name}, seed {seed}: {lost:.5f} {divergence:.5f}", flush=True)
+
+
+def show(results: Results, bits: int) -> None:
+    """Medians over the seeds as a Markdown table."""
+    print(f"\n{bits} bits\n")
+    print("| method | lost | divergence | recovered | of best | lost, range | seconds | seeds |")
+    print("|---|---|---|---|---|---|---|---|")
+    medians: dict[str, tuple[float, float]] = {}
+    for name in methods(bits):
+        found = results.find(bits, name)
+        if not found:
+            continue
+        lost = [one["lost"] for one in found]
+        middle = statistics.median(lost), statistics.median(one["divergence"] for one in found)
+        medians[name] = middle
+        printed = [
+            " / ".join(
+                f"{1 - one / base:.0%}" for one, base in zip(middle, medians[of], strict=True)
+            )
+            if of in medians and name != of
+            else ""
+            for of in (COMMON, BEST)
+        ]
+        seconds = statistics.median(one["seconds"] for one in found)
+        print(
+            f"| {name} | {middle[0]:.5f} | {middle[1]:.5f} | {printed[0]} | {printed[1]} | "
+            f"{min(lost):.5f} to {max(lost):.5f} | {seconds:.0f} | {len(found)} |"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bits", type=int, default=4, choices=(2, 3, 4))
+    parser.add_argument("--bits", type=int, nargs="*", default=[4, 3, 2], choices=(2, 3, 4))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--windows", type=int, default=96, help="calibration windows of 256 bytes")
     parser.add_argument("--heldout", type=int, default=65_536, help="bytes to judge on")
@@ -159,40 +237,14 @@ def main() -> None:
     program = capture(pydoc_gpt.build(), pydoc_gpt.example_inputs(), pydoc_gpt.dynamic_shapes())
     judge, rounder = Judge(program, text), Rounder(program, options.windows)
     print(f"float32: {judge.bits:.5f} bits per byte on {options.heldout} bytes", flush=True)
-    print("| method | lost | divergence | recovered | of best | lost, range | seconds |")
-    print("|---|---|---|---|---|---|---|", flush=True)
-    known: dict[str, tuple[float, float]] = {}
-    rows: list[dict[str, Any]] = []
-    for name, steps in methods(options.bits).items():
-        if options.only and name not in (*options.only, COMMON, BEST):
-            continue
-        needs_data = any(
-            make_pass(one, given).requires(program, PassContext()) for one, given in steps
-        )
-        losses, seconds = [], []
-        for seed in range(options.seeds if needs_data else 1):
-            result, took = rounder.after(steps, seed)
-            seconds.append(took)
-            losses.append(judge.loss(result))
-        bits = [loss[0] for loss in losses]
-        found = statistics.median(bits), statistics.median(loss[1] for loss in losses)
-        known[name] = found
-        shares = {of: [1 - one / base for one, base in zip(found, known[of], strict=True)]
-                  for of in (COMMON, BEST) if of in known}  # fmt: skip
-        rows.append(dict(bits=options.bits, method=name, steps=steps, lost=bits,
-                         divergence=[loss[1] for loss in losses], recovered=shares,
-                         seconds=seconds, heldout_bytes=options.heldout,
-                         calibration_windows=options.windows))  # fmt: skip
-        printed = [
-            " / ".join(f"{share:.0%}" for share in shares.get(of, ())) for of in (COMMON, BEST)
-        ]
-        print(
-            f"| {name} | {found[0]:.5f} | {found[1]:.5f} | {printed[0]} | {printed[1]} | "
-            f"{min(bits):.5f} to {max(bits):.5f} | {statistics.median(seconds):.0f} |",
-            flush=True,
-        )
-        if options.output:
-            options.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    results = Results(
+        options.output,
+        {"heldout_bytes": options.heldout, "calibration_windows": options.windows},
+    )
+    for bits in options.bits:
+        measure(results, bits, options.only, options.seeds, judge, rounder)
+    for bits in options.bits:
+        show(results, bits)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@
 MODEL is a Hugging Face folder with a tokenizer, TEXT any plain text: sentences are cut at " . " and
 line ends. For each seed 256 of them, padded to 128 tokens, judge, and others calibrate. Embeddings
 are mean-pooled and normalized. "neighbours" is the share of sentences whose nearest other sentence
-stays the same. Medians over the seeds; time is of 1 and of 16 sentences, medians of up to 60 runs.
-`--recipes onnxruntime torchao` are peers: ONNX Runtime's own dynamic quantization per channel, and
-torchao's int8 with activations quantized at run time, compiled (its folder must be on the path).
+stays the same. Medians over the seeds. Time is of 1 and of 16 sentences: all models run in turn, up
+to 60 times, and medians count. `--recipes onnxruntime torchao` are peers: ONNX Runtime's own
+dynamic quantization per channel, and torchao's int8 with activations quantized at run time,
+compiled (its folder must be on the path). `--work` keeps what was made for the first seed, and
+`--times` only times.
 """
 
 from __future__ import annotations
@@ -29,10 +31,9 @@ from torch import Tensor
 from mopt.calibration import Calibration
 from mopt.frontend import capture
 from mopt.hf_folder import load_hf_folder
-from mopt.lowering import lower
+from mopt.lowering import Loaded, load, lower
 from mopt.pass_base import PassContext
 from mopt.pipeline import Pipeline
-from mopt.program import Program
 from mopt.recipe import Recipe
 
 LENGTH = 128
@@ -73,17 +74,21 @@ def embed(model: Model, data: list[Batch]) -> Tensor:
     return torch.cat([pooled(model(batch), batch["attention_mask"]) for batch in data])
 
 
-def milliseconds(model: Model, batch: Batch, seconds: float) -> float:
-    """The median of up to 60 runs within that many seconds."""
-    for _ in range(3):
-        model(batch)
-    found: list[float] = []
+def milliseconds(models: dict[str, Model], batch: Batch, seconds: float) -> dict[str, float]:
+    """Medians of up to 60 turns in which every model runs once, for about that long."""
+    found: dict[str, list[float]] = {name: [] for name in models}
+    for model in models.values():
+        for _ in range(2):
+            model(batch)
     end = time.perf_counter() + seconds
-    while len(found) < 60 and (time.perf_counter() < end or len(found) < 5):
-        started = time.perf_counter()
-        model(batch)
-        found.append(time.perf_counter() - started)
-    return 1e3 * statistics.median(found)
+    for turn in range(60):
+        if turn >= 5 and time.perf_counter() > end:
+            break
+        for name, model in models.items():
+            started = time.perf_counter()
+            model(batch)
+            found[name].append(1e3 * (time.perf_counter() - started))
+    return {name: statistics.median(times) for name, times in found.items()}
 
 
 def neighbours(rows: Tensor) -> Tensor:
@@ -94,8 +99,8 @@ def neighbours(rows: Tensor) -> Tensor:
 class Encoder:
     """The float model and what recipes and peers make of it."""
 
-    def __init__(self, folder: Path, threads: int) -> None:
-        self._folder, self._threads = folder, threads
+    def __init__(self, folder: Path, threads: int, work: Path | None = None) -> None:
+        self._folder, self._threads, self._work = folder, threads, work
         self.module, self._examples, self._shapes, _ = load_hf_folder(folder)
         self.names = list(self._examples)
         self.program = capture(self.module, self._examples, self._shapes)
@@ -106,26 +111,35 @@ class Encoder:
             return self._onnxruntime()
         if name == "torchao":
             return self._torchao()
+        kept = self._work / name if self._work is not None and seed == 0 else None
+        if kept is not None and kept.exists():
+            size = sum(file.stat().st_size for file in kept.glob("model*"))
+            return self._called(load(kept, threads=self._threads)), size / 1e6
         context = PassContext(calibration=Calibration(data, self.program), seed=seed)
         rounded = Pipeline(Recipe.load(name).passes()).run(self.program, context)
-        return self._loaded(rounded)
+        artifact = lower(rounded, "onnx")
+        if kept is not None:
+            artifact.save(kept)
+        return self._called(artifact.load(threads=self._threads)), artifact.size_bytes / 1e6
 
-    def _loaded(self, program: Program) -> tuple[Model, float]:
-        artifact = lower(program, "onnx")
-        model = artifact.load(threads=self._threads)
-        return lambda batch: model(**batch), artifact.size_bytes / 1e6
+    @staticmethod
+    def _called(model: Loaded) -> Model:
+        return lambda batch: model(**batch)
 
     def _onnxruntime(self) -> tuple[Model, float]:
         import onnxruntime
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
         with tempfile.TemporaryDirectory() as folder:
-            plain, small = Path(folder, "plain.onnx"), Path(folder, "int8.onnx")
-            torch.onnx.export(
-                self.module, (), plain, kwargs=self._examples, dynamic_shapes=self._shapes,
-                dynamo=True, external_data=False, verbose=False,
-            )  # fmt: skip
-            quantize_dynamic(plain, small, per_channel=True, weight_type=QuantType.QInt8)
+            where = self._work or Path(folder)
+            where.mkdir(parents=True, exist_ok=True)
+            plain, small = where / "peer-float.onnx", where / "peer-int8.onnx"
+            if not small.exists():
+                torch.onnx.export(
+                    self.module, (), plain, kwargs=self._examples, dynamic_shapes=self._shapes,
+                    dynamo=True, external_data=False, verbose=False,
+                )  # fmt: skip
+                quantize_dynamic(plain, small, per_channel=True, weight_type=QuantType.QInt8)
             settings = onnxruntime.SessionOptions()
             settings.intra_op_num_threads = self._threads
             content = small.read_bytes()
@@ -163,47 +177,64 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--calibration", type=int, default=64, help="sentences to calibrate on")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=5, help="longest timing of one model")
+    parser.add_argument("--seconds", type=float, default=30, help="of timing all models")
+    parser.add_argument("--work", type=Path, help="folder that keeps what was made")
+    parser.add_argument("--times", action="store_true", help="only the times")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(options.model, local_files_only=True)
-    encoder, sentences = Encoder(options.model, options.threads), read_sentences(options.text)
+    encoder = Encoder(options.model, options.threads, options.work)
+    sentences = read_sentences(options.text)
     draws = []
-    for seed in range(options.seeds):
+    for seed in range(1 if options.times else options.seeds):
         order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(seed))
         drawn = [sentences[at] for at in order[: JUDGED + options.calibration].tolist()]
         judged = batches(tokenizer, encoder.names, drawn[:JUDGED], 1)
-        reference = embed(lambda batch: encoder.program.run(**batch), judged)
+        reference = torch.zeros(0)
+        if not options.times:
+            reference = embed(lambda batch: encoder.program.run(**batch), judged)
         draws.append((judged, batches(tokenizer, encoder.names, drawn[JUDGED:], 4), reference))
-    sixteen = batches(tokenizer, encoder.names, sentences[:16], 16)[0]
-    print("| recipe | cosine mean | least | neighbours | MB | ms | ms of 16 |")
-    print("|---|---|---|---|---|---|---|", flush=True)
-    rows = []
+    models: dict[str, Model] = {}
+    rows: list[dict[str, Any]] = []
     for name in options.recipes:
         found = []
         for seed, (judged, data, reference) in enumerate(draws):
             if seed == 0 or name not in (*PEERS, "none"):
                 model, megabytes = encoder.make(name, data, seed)
-            embedded = embed(model, judged)
-            cosine = (embedded * reference).sum(1)
-            same = (neighbours(embedded) == neighbours(reference)).float().mean()
-            ms = milliseconds(model, judged[0], options.seconds) if seed == 0 else found[0][4]
-            more = milliseconds(model, sixteen, options.seconds) if seed == 0 else found[0][5]
-            found.append((float(cosine.mean()), float(cosine.min()), float(same), megabytes, ms,
-                          more))  # fmt: skip
-        mean, least, share, megabytes, ms, more = (
-            statistics.median(one) for one in zip(*found, strict=True)
-        )
-        rows.append(dict(recipe=name, cosine_mean=mean, cosine_least=least, neighbours=share,
-                         neighbours_of_draws=[one[2] for one in found], megabytes=megabytes, ms=ms,
-                         ms_of_16=more, threads=options.threads, seeds=options.seeds))  # fmt: skip
-        print(f"| {name} | {mean:.5f} | {least:.5f} | {share:.3f} | {megabytes:.2f} | "
-              f"{ms:.1f} | {more:.0f} |", flush=True)  # fmt: skip
+            models.setdefault(name, model)
+            if not options.times:
+                embedded = embed(model, judged)
+                cosine = (embedded * reference).sum(1)
+                same = (neighbours(embedded) == neighbours(reference)).float().mean()
+                found.append((float(cosine.mean()), float(cosine.min()), float(same)))
+        rows.append(dict(recipe=name, megabytes=megabytes, threads=options.threads,
+                         seeds=len(found)))  # fmt: skip
+        if found:
+            mean, least, share = (statistics.median(one) for one in zip(*found, strict=True))
+            rows[-1] |= dict(cosine_mean=mean, cosine_least=least, neighbours=share,
+                             neighbours_of_draws=[one[2] for one in found])  # fmt: skip
+        print(json.dumps(rows[-1]), flush=True)
+    sixteen = batches(tokenizer, encoder.names, sentences[:16], 16)[0]
+    one_sentence = draws[0][0][0]
+    for key, batch in (("ms", one_sentence), ("ms_of_16", sixteen)):
+        for name, took in milliseconds(models, batch, options.seconds).items():
+            next(row for row in rows if row["recipe"] == name)[key] = took
         if options.output:
             options.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    show(rows)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """The rows as a Markdown table."""
+    columns = ("cosine_mean", "cosine_least", "neighbours", "megabytes", "ms", "ms_of_16")
+    print("| recipe | cosine mean | least | neighbours | MB | ms | ms of 16 |")
+    print("|---|---|---|---|---|---|---|")
+    for row in rows:
+        cells = (f"{row[key]:.5g}" if key in row else "" for key in columns)
+        print(f"| {row['recipe']} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
