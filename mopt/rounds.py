@@ -162,7 +162,8 @@ def close_loop(
     round was slower, or lost too much where only quality is limited, nothing is compressed. The
     best is the one inside the budget with the least of what is minimized; if there is none, the one
     nearest to it. So a slower layer may stay, where the model is faster with it: between neighbours
-    in 8 bits it saves them their conversions. ``another`` says before every round but the first whether there is time for it.
+    in 8 bits it saves them their conversions. ``another`` says before every round but the first
+    whether there is time for it.
     """
     attempts: list[Attempt] = []
     story: list[dict[str, Any]] = []
