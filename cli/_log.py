@@ -62,10 +62,8 @@ class Log(logging.Handler):
 
     def __enter__(self) -> Log:
         own = logging.getLogger(_OWN)
-        self._kept = own.level, own.propagate
+        self._kept = own.level
         own.setLevel(logging.DEBUG)
-        own.propagate = self._out.verbose > 1
-        own.addHandler(self)
         logging.getLogger().addHandler(self)
         self._show = warnings.showwarning
         warnings.showwarning = self._warned  # type: ignore[assignment]
@@ -78,9 +76,7 @@ class Log(logging.Handler):
         trace: TracebackType | None,
     ) -> None:
         warnings.showwarning = self._show
-        own = logging.getLogger(_OWN)
-        own.level, own.propagate = self._kept
-        own.removeHandler(self)
+        logging.getLogger(_OWN).setLevel(self._kept)
         logging.getLogger().removeHandler(self)
 
 

@@ -170,14 +170,29 @@ class Output:
     @contextmanager
     def _libraries_as_talkative(self) -> Iterator[None]:
         """Warnings of libraries about themselves only with -v, their log lines with -vv."""
-        if self.verbose > 1:
-            logging.basicConfig(level=logging.INFO, stream=self.stderr)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), self._library_logs():
             if not self.verbose:
                 for category in (FutureWarning, DeprecationWarning):
                     warnings.simplefilter("ignore", category)
                 warnings.filterwarnings("ignore", module=r"(torch|onnx\w*|transformers)\b")
             yield
+
+    @contextmanager
+    def _library_logs(self) -> Iterator[None]:
+        if self.verbose < 2:
+            yield
+            return
+        root, shown = logging.getLogger(), logging.StreamHandler(self.stderr)
+        # What mopt logs of itself is printed as stages and warnings already.
+        shown.addFilter(lambda record: record.name.split(".")[0] != "mopt")
+        level = root.level
+        root.addHandler(shown)
+        root.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            root.removeHandler(shown)
+            root.setLevel(level)
 
 
 def _leads_to(stream: TextIO, number: int) -> bool:

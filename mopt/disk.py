@@ -16,7 +16,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -308,8 +308,9 @@ def scratch_folder(name: str) -> tuple[Path, Callable[[], None]]:
     """
     place = tempfile.gettempdir()
     for old in stale_temporaries(place, name):
-        if os.lstat(old).st_uid == os.getuid():
-            remove_any(old)
+        with suppress(OSError):  # somebody else may remove it at the same time
+            if os.lstat(old).st_uid == os.getuid():
+                remove_any(old)
     path = f"{place}/{temporary_name(name)}"
     Path(path).mkdir(mode=0o700)
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

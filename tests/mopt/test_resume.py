@@ -25,7 +25,7 @@ QUIET = Settings(measure=False)
 
 def net() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)), nn.Tanh()).eval()
+    return nn.Sequential(*(nn.Linear(128, 128) for _ in range(4)), nn.Tanh()).eval()
 
 
 class StopsAt(Progress):
@@ -44,8 +44,8 @@ def compile_here(
 ) -> Artifact:
     monkeypatch.setattr("mopt.driver.Cache", partial(Cache, folder, worth_seconds=0))
     return mopt.compile(
-        net(), (normal(4, 64),), recipe="int4-gptq", backend="eager", settings=QUIET,
-        calibration=[(normal(4, 64, seed=i),) for i in range(3)], progress=progress,
+        net(), (normal(4, 128),), recipe="int4-gptq", backend="eager", settings=QUIET,
+        calibration=[(normal(4, 128, seed=i),) for i in range(3)], progress=progress,
     )  # fmt: skip
 
 
