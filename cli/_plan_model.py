@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 from mopt.cli._output import Column, Output
 from mopt.cli._progress import ConsoleProgress
 from mopt.cli._text import memory_size, milliseconds, plural
+from mopt.disk import check_writable
 from mopt.errors import UsageError
 
 if TYPE_CHECKING:
+    from mopt.ordered_artifact import OrderTried
     from mopt.program import Program
 
 # Buffers listed of those alive at the peak, and values of those that move most.
@@ -28,14 +30,24 @@ def plan_arena(
 ) -> None:
     """Plan order and offsets, write the files asked for and show the plan."""
     options = {"seconds": time_limit, "for_device": True}
+    if given["onnx"] is not None:
+        check_writable(given["onnx"])
     with out.user_code(), ConsoleProgress(out) as progress:
-        program = _planned(model, given, "plan-memory", options, seed, progress)
+        before, program = _planned(model, given, "plan-memory", options, seed, progress)
+        tried = _write_onnx(before, program, given["onnx"], progress) if given["onnx"] else None
     plan = program.plan["memory"]
     _write_files(program, plan, output, given["header"], given["tflm"])
     if out.as_json:
-        out.document(plan)
+        told = tried and {
+            "folder": given["onnx"], "planned_order": tried.kept_plan,
+            "written_bytes": tried.written_bytes, "planned_bytes": tried.planned_bytes,
+        }  # fmt: skip
+        out.document({**plan, "onnx": told} if tried else plan)
         return
     _show(out, model, plan)
+    if tried is not None:
+        out.text()
+        out.text(_onnx_line(tried, given["onnx"]))
 
 
 def plan_moves(
@@ -55,7 +67,7 @@ def plan_moves(
         "weights": not given["no_weights"], "minimise": given["minimise"],
     }  # fmt: skip
     with out.user_code(), ConsoleProgress(out) as progress:
-        program = _planned(model, given, "plan-tiers", options, seed, progress)
+        _, program = _planned(model, given, "plan-tiers", options, seed, progress)
     plan = program.plan["tiers"]
     if output is not None:
         write_file_atomic(output, json_bytes(plan))
@@ -72,12 +84,15 @@ def _planned(
     options: dict[str, Any],
     seed: int,
     progress: ConsoleProgress,
-) -> Program:
+) -> tuple[Program, Program]:
+    """The program before and after the planner."""
     from mopt.device import find_device
+    from mopt.driver import BASELINE
     from mopt.frontend import capture
     from mopt.model_source import load_source
     from mopt.pass_base import PassContext
     from mopt.pipeline import Pipeline
+    from mopt.recipe import Recipe
     from mopt.registry import make_pass
 
     device = find_device(given["device"]) if given["device"] else None
@@ -93,12 +108,38 @@ def _planned(
             code="plan-of-islands",
             hint="mopt inspect says which parts and why",
         )
+    context = PassContext(seed=seed, device=device)
+    if not given["as_captured"]:
+        program = Pipeline(Recipe.load(BASELINE).passes()).run(program, context)
     progress.end(f"{program.name}, {plural(len(program.nodes), 'node')}")
     progress.stage("Planning")
-    planned = Pipeline([step]).run(program, PassContext(seed=seed, device=device))
+    planned = Pipeline([step]).run(program, context)
     found = planned.plan["memory" if planner == "plan-memory" else "tiers"]
     progress.end(f"{found['seconds']:.3g} s")
-    return planned
+    return program, planned
+
+
+def _write_onnx(
+    before: Program, planned: Program, folder: str, progress: ConsoleProgress
+) -> OrderTried:
+    from mopt.ordered_artifact import lower_in_better_order
+
+    progress.stage("Lowering", "onnx, in both orders")
+    tried = lower_in_better_order(before, planned, "onnx")
+    tried.artifact.save(folder)
+    progress.end("onnx, the planned order" if tried.kept_plan else "onnx, the order as written")
+    return tried
+
+
+def _onnx_line(tried: OrderTried, folder: str) -> str:
+    if tried.written_bytes is None or tried.planned_bytes is None:
+        return f"Wrote {folder} for ONNX Runtime; the plan moves no call, so nothing was compared"
+    kept = "planned order, which helps" if tried.kept_plan else "order as written"
+    return (
+        f"Wrote {folder} for ONNX Runtime in the {kept}: a process that runs it takes "
+        f"{memory_size(tried.planned_bytes)} in the planned order and "
+        f"{memory_size(tried.written_bytes)} as written (measured)"
+    )
 
 
 def _write_files(

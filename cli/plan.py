@@ -11,9 +11,11 @@ TARGET is a table of buffers (a CSV file) or a MODEL as mopt compile takes it.
 - A model with --fast-memory, or -t with a device: what lies in a fast memory of that size when,
   and what moves between it and a slow one, weights included.
 
-Models are planned at the sizes of their example inputs. What an artifact of the eager backend needs
-is planned by mopt compile --backend eager --recipe least-memory. Exit code 1 says that buffers do
-not fit, or that no layout was found in time.
+Models are planned at the sizes of their example inputs and simplified first, as mopt compile does:
+constants folded, duplicates merged. ONNX Runtime sorts nodes by itself, so --onnx measures both
+orders in fresh processes and keeps the planned one only where it helps. What an artifact of the
+eager backend needs is planned by mopt compile --backend eager --recipe least-memory. Exit code 1
+says that buffers do not fit, or that no layout was found in time.
 
 \b
 Examples:
@@ -68,9 +70,13 @@ class _Bytes(click.ParamType):
 @option("--capacity", type=_Bytes(), metavar="N", help="Buffers: bytes to fit into, such as 64KiB.")
 @option("--inputs", metavar="FILE.npz", help="Model: example inputs.")
 @click.option("--trust", is_flag=True, help="Model: load a .pt2, which runs code from the file.")
+@click.option("--as-captured", is_flag=True, help="Model: plan its graph without simplifying it.")
 @click.option("--header", metavar="FILE.h", help="Model: where a C header with all buffers goes.")
 @click.option(
     "--tflm", metavar="FILE.bin", help="Model: where offsets for TensorFlow Lite Micro go."
+)
+@click.option(
+    "--onnx", metavar="FOLDER", help="Model: an ONNX artifact in the order that really takes less."
 )
 @option("--fast-memory", metavar="N|SHARE", help="Model: its size, 8MiB or 25% of all bytes.")
 @option("-t", "--target", "device", metavar="DEVICE", help="Model: a device with two memories.")
@@ -100,7 +106,7 @@ def command(
         _refuse(target, "planned for one arena", {"no_weights": model["no_weights"]})
         plan_arena(out, target, model, output, time_limit, seed)
         return
-    _refuse(target, "planned for two memories", {k: model[k] for k in ("header", "tflm")})
+    _refuse(target, "planned for two memories", {k: model[k] for k in ("header", "tflm", "onnx")})
     plan_moves(out, target, model, output, time_limit, seed)
 
 
