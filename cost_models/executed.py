@@ -19,6 +19,7 @@ import numpy as np
 
 from mopt.cost_models.runtime import runtime_errors, session_options
 from mopt.errors import ArtifactError, InputError
+from mopt.machine import trim_heap
 
 Shape = tuple[int, ...]
 _TYPES = {
@@ -137,6 +138,9 @@ def executed_model(
         profile = Path(session.end_profiling())
         events = json.loads(profile.read_bytes())
         graph = onnx.load(str(written), load_external_data=False).graph
+        # The runtime's copies of the weights are gone; the heap they were on would stay.
+        del session
+        trim_heap()
     nodes = _Graph(graph).nodes(events)
     return ExecutedModel(
         nodes=tuple(nodes),

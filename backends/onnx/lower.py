@@ -83,10 +83,14 @@ class OnnxBackend:
         )
         if weights >= EXTERNAL_FROM_BYTES:
             ir.save(model, folder / MODEL, external_data=DATA, size_threshold_bytes=1024)
-            return [MODEL, DATA]
-        proto = ir.to_proto(model)
-        (folder / MODEL).write_bytes(proto.SerializeToString(deterministic=True))
-        return [MODEL]
+        else:
+            proto = ir.to_proto(model)
+            (folder / MODEL).write_bytes(proto.SerializeToString(deterministic=True))
+        # The exporter's rewrite rules remember the last graph they saw, for as long as the process
+        # lives: it need not keep a second copy of the weights.
+        for value in model.graph.initializers.values():
+            value.const_value = None
+        return [MODEL, DATA] if weights >= EXTERNAL_FROM_BYTES else [MODEL]
 
     def open(self, folder: Path, signature: Signature, *, threads: int | None) -> OnnxModelRunner:
         """Load a lowered model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor, nn
@@ -209,3 +211,13 @@ def test_large_models_keep_their_weights_beside_the_file(
     (moved / "model.onnx.data").write_bytes(raw)
     with pytest.raises(ArtifactError, match=r"model\.onnx\.data"):
         load(moved)
+
+
+def test_no_copy_of_the_weights_stays_behind() -> None:
+    """The exporter's rewrite rules keep the last graph they saw."""
+    program = capture(nn.Linear(64, 64).eval(), (torch.ones(3, 64),))
+    lower(program, "onnx")
+    gc.collect()
+    graphs = [found for found in gc.get_objects() if type(found) is ir.Graph]
+    kept = [v.name for g in graphs for v in g.initializers.values() if v.const_value is not None]
+    assert graphs and not kept
