@@ -109,7 +109,7 @@ def _planned(
             hint="mopt inspect says which parts and why",
         )
     context = PassContext(seed=seed, device=device)
-    if not given["as_captured"]:
+    if planner == "plan-memory" and not given["as_captured"]:
         program = Pipeline(Recipe.load(BASELINE).passes()).run(program, context)
     progress.end(f"{program.name}, {plural(len(program.nodes), 'node')}")
     progress.stage("Planning")

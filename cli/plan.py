@@ -6,16 +6,15 @@ TARGET is a table of buffers (a CSV file) or a MODEL as mopt compile takes it.
 - Buffers get offsets in one memory: the least peak, or a layout within --capacity. Columns are id,
   lower, upper and size, and where needed alignment, gaps, offset (fixed) and hint: the format of
   the public MiniMalloc instances. A buffer is alive from step lower to before step upper.
-- A model is captured, and the order of its calls and the offset of every result planned for a
-  device that keeps inputs, outputs and everything between in one arena.
+- A model is captured and simplified as by mopt compile, and the order of its calls and the offset
+  of every result planned for a device that keeps inputs, outputs and all between in one arena.
 - A model with --fast-memory, or -t with a device: what lies in a fast memory of that size when,
   and what moves between it and a slow one, weights included.
 
-Models are planned at the sizes of their example inputs and simplified first, as mopt compile does:
-constants folded, duplicates merged. ONNX Runtime sorts nodes by itself, so --onnx measures both
-orders in fresh processes and keeps the planned one only where it helps. What an artifact of the
-eager backend needs is planned by mopt compile --backend eager --recipe least-memory. Exit code 1
-says that buffers do not fit, or that no layout was found in time.
+Models are planned at the sizes of their example inputs. ONNX Runtime sorts nodes by itself, so
+--onnx measures both orders in fresh processes and keeps the planned one only where it helps. What
+an artifact of the eager backend needs is planned by mopt compile --backend eager --recipe
+least-memory. Exit code 1 says that buffers do not fit, or that no layout was found in time.
 
 \b
 Examples:
@@ -106,7 +105,11 @@ def command(
         _refuse(target, "planned for one arena", {"no_weights": model["no_weights"]})
         plan_arena(out, target, model, output, time_limit, seed)
         return
-    _refuse(target, "planned for two memories", {k: model[k] for k in ("header", "tflm", "onnx")})
+    _refuse(
+        target,
+        "planned for two memories",
+        {k: model[k] for k in ("header", "tflm", "onnx", "as_captured")},
+    )
     plan_moves(out, target, model, output, time_limit, seed)
 
 
