@@ -55,6 +55,19 @@ def test_layers_are_compared_by_path(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found(monkeypatch, barely) == {}
 
 
+def test_a_disturbed_round_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Disturbed(Child):
+        def __call__(self, command: list[str], **more: Any) -> Any:
+            found = super().__call__(command, **more)
+            self.models["old"] = [["a", 5.0], ["b", 5.0], ["c", 5.0]]
+            return found
+
+    child = Disturbed(
+        old=[["a", 0.2], ["b", 1.0], ["c", 1.0]], new=[["q", 1.0], ["b", 1.0], ["c", 1.0]]
+    )
+    assert found(monkeypatch, child) == {"one": (0.2, 1.0)}
+
+
 def test_what_cannot_be_told_apart_or_timed_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     old = [["a", 1.0], ["b", 1.0], ["c", 1.0]]
     assert found(monkeypatch, Child(old=old, new=[["other", 9.0], ["b", 9.0], ["c", 9.0]])) == {}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mopt.budget import Budget
 from mopt.choice import Baseline, Observation
+from mopt.cost import Cost, ModelCost
 from mopt.passes.choose._limits import Corrections
 from mopt.rounds import Attempt, close_loop, estimate_error
 
@@ -113,6 +115,17 @@ def test_where_only_quality_is_limited_the_uncompressed_model_is_within() -> Non
     assert best is built[""]
     assert "lost more quality" in best.result.plan["choice"]["kept_all"]
     assert story[0]["missed"]
+
+
+def test_energy_is_judged_by_the_estimate() -> None:
+    costs = [ModelCost(Cost(1.0, energy_mj=mj), ()) for mj in (2.0, 8.0)]
+    kept = SimpleNamespace(kept=lambda: 1.0)
+    built = Attempt(Made("a"), SimpleNamespace(size_bytes=1), None, kept, None, *costs)  # type: ignore[arg-type]
+    files: Any = SimpleNamespace(size_bytes=2)
+    assert built.missed(Budget.parse("energy<=0.3x"), files) == []
+    (missed,) = built.missed(Budget.parse("energy<=1mJ"), files)
+    assert "estimated 2, limit 1" in missed
+    assert built.observation(files).measured["energy"] == 2.0
 
 
 def test_errors_of_estimates_are_relative_to_what_was_measured() -> None:
