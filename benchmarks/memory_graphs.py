@@ -146,7 +146,7 @@ def _inference(name: str) -> dict[str, Any]:
     require_legal(found.problem, found.layout)
     peak, bound = found.data["peak_bytes"], found.data["lower_bound_bytes"]
     return {
-        "model": name, "graph": "inference", "nodes": len(program.nodes),
+        "model": name, "graph": "inference", "simplified": True, "nodes": len(program.nodes),
         "calls": len(found.data["steps"]), "peak_bytes": peak, "bound_bytes": bound,
         "input_order_bytes": found.data["input_order_bytes"], "gap": round(peak / bound - 1, 5),
         "order": found.order.rule, "seconds": round(took, 2),
@@ -172,8 +172,9 @@ def _joint(name: str) -> dict[str, Any]:
     # The bound of the order counts bytes, the layout whole units of 64.
     bound = order.lower_bound
     return {
-        "model": name, "graph": "joint", "nodes": nodes, "calls": problem.count,
-        "peak_bytes": layout.peak, "bound_bytes": bound, "input_order_bytes": order.input_peak,
+        "model": name, "graph": "joint", "simplified": False, "nodes": nodes,
+        "calls": problem.count, "peak_bytes": layout.peak, "bound_bytes": bound,
+        "input_order_bytes": order.input_peak,
         "gap": round(layout.peak / bound - 1, 5), "order": order.rule, "seconds": round(took, 2),
     }  # fmt: skip
 
