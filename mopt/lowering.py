@@ -158,8 +158,10 @@ class Loaded:
 def lower(program: Program, backend: str = "onnx", *, target: str = "host") -> Artifact:
     """Lower a program into an artifact in a temporary folder.
 
-    Raises LoweringError listing everything the backend cannot express, before anything is written.
+    Raises LoweringError listing everything the backend cannot express, or naming a layer whose
+    scales are not finite, before anything is written.
     """
+    from mopt.formats.base import broken_scales
     from mopt.program_signature import signature_of
 
     chosen = find_backend(backend)
@@ -171,6 +173,15 @@ def lower(program: Program, backend: str = "onnx", *, target: str = "host") -> A
             f"backend {backend!r} cannot lower {len(refused)} sites:\n{listing}{more}",
             code="cannot-lower",
             hint="try --backend eager, or leave these layers out of the recipe with skip=...",
+        )
+    broken = [skip for part in program.parts().values() for skip in broken_scales(part)]
+    if broken:
+        raise LoweringError(
+            f"{broken[0].site}: {broken[0].reason}"
+            + (f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""),
+            code="non-finite-scale",
+            site=broken[0].site,
+            hint="nothing was written; leave the layer out of the recipe with skip=...",
         )
     folder, remove = scratch_folder("mopt-artifact")
     artifact = Artifact(folder, {}, program=program)

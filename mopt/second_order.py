@@ -9,29 +9,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mopt.formats.base import row_pieces
+
 _MOST_DAMPING = 0.1
 
 
 def output_error(difference: Tensor, moment: Tensor) -> float:
     """tr(D H D^T): the squared error of the outputs per row of inputs."""
-    d = difference.double()
-    return float(((d @ moment.double()) * d).sum())
+    wide, total = moment.double(), 0.0
+    for at in row_pieces(difference):
+        d = difference[at].double()
+        total += float(((d @ wide) * d).sum())
+    return total
 
 
 def inverse_factor(
     h: Tensor, order: Tensor, damping: float, scale: float
 ) -> tuple[Tensor | None, float | None]:
     """U with inverse(H + damping) = U^T U, columns in ``order``, and the damping it took."""
-    ordered = h[order][:, order]
-    identity = torch.eye(len(h), dtype=h.dtype, device=h.device)
     tried = damping
     while True:
-        lower, failed = torch.linalg.cholesky_ex(ordered + tried * scale * identity)
+        # Of these matrices no more than two are held at a time.
+        matrix = h[order][:, order]
+        matrix.diagonal().add_(tried * scale)
+        matrix, failed = torch.linalg.cholesky_ex(matrix)
         if not bool(failed):
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not bool(failed) and bool(torch.isfinite(upper).all()):
-                return upper, tried
+            matrix = torch.cholesky_inverse(matrix)
+            matrix, failed = torch.linalg.cholesky_ex(matrix, upper=True)
+            if not bool(failed) and bool(torch.isfinite(matrix).all()):
+                return matrix, tried
         if tried >= _MOST_DAMPING:
             return None, None
         tried = min(max(tried * 10, 1e-4), _MOST_DAMPING)

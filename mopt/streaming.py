@@ -66,6 +66,7 @@ class Stream:
                 for at in range(self._position, stop):
                     self._step(batch, at)
                 held += _tensor_bytes(batch.values())
+        self._forget(self._position, stop)
         self._position = stop
         self.peak_bytes = max(self.peak_bytes, held)
         limit = self._ctx.max_memory_bytes
@@ -136,6 +137,11 @@ class Stream:
             batch[node] = getattr(self._interpreter, node.op)(node.target, args, kwargs)
         for dead in self._dies[at]:
             batch.pop(dead, None)
+
+    def _forget(self, start: int, stop: int) -> None:
+        """Let go of replaced weights whose calls lie behind."""
+        passed = set(self._nodes[start:stop])
+        self._weights = {key: kept for key, kept in self._weights.items() if key[0] not in passed}
 
     def _load(self, batch: dict[fx.Node, Any], user: fx.Node, node: fx.Node) -> Any:
         if node.op != "get_attr":

@@ -8,7 +8,7 @@ and zero points, or weights that already lie on one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -22,7 +22,22 @@ import mopt.ops  # noqa: F401 - registers the operators that formats place
 from mopt.errors import InputError, unknown_name
 from mopt.formats.grid import Grid
 from mopt.layers import Layer
-from mopt.program import Program, module_path
+from mopt.pass_base import Skip
+from mopt.program import Program, module_path, site_of
+
+# Work on a weight goes some rows at a time, about this many values, so that what it needs beside
+# the weight does not grow with it. Small enough that the allocator keeps little of it for later.
+_PIECE = 1 << 18
+
+
+def row_pieces(weight: Tensor, most: int | None = None) -> Iterator[slice]:
+    """Slices of a weight's first axis, for work whose rows do not depend on each other.
+
+    Each has at most ``most`` values, if a row has no more.
+    """
+    step = max(1, (_PIECE if most is None else most) // max(1, weight[:1].numel()))
+    for start in range(0, max(1, len(weight)), step):
+        yield slice(start, min(start + step, len(weight)))
 
 
 @dataclass(frozen=True)
@@ -40,6 +55,29 @@ class Encoded:
     def size_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    @staticmethod
+    def join(pieces: list[Encoded]) -> Encoded:
+        """The encoding of a weight from those of its rows, where all tensors are by rows."""
+        first = pieces[0]
+        if len(pieces) == 1:
+            return first
+        rows = sum(piece.shape[0] for piece in pieces)
+        return Encoded(
+            first.format, (rows, *first.shape[1:]),
+            {name: torch.cat([piece.tensors[name] for piece in pieces]) for name in first.tensors},
+        )  # fmt: skip
+
+    @property
+    def is_by_rows(self) -> bool:
+        """Whether every tensor has the rows of the weight along its first axis."""
+        return all(t.dim() > 0 and len(t) == self.shape[0] for t in self.tensors.values())
+
+    def rows(self, at: slice) -> Encoded:
+        """The encoding of some rows, where all tensors are by rows."""
+        tensors = {name: tensor[at] for name, tensor in self.tensors.items()}
+        rows = len(range(*at.indices(self.shape[0])))
+        return Encoded(self.format, (rows, *self.shape[1:]), tensors)
 
 
 @dataclass(frozen=True)
@@ -153,9 +191,9 @@ def round_codes(values: Tensor, scales: Tensor, zeros: Tensor | None, bits: int)
 
 def require_finite(weight: Tensor, path: str = "", source: str | None = None) -> None:
     """Raise InputError naming the layer when a weight holds NaN or infinity."""
-    if bool(torch.isfinite(weight).all()):
+    bad = sum(int((~torch.isfinite(weight[at])).sum()) for at in row_pieces(weight))
+    if not bad:
         return
-    bad = int((~torch.isfinite(weight)).sum())
     where = f" of {path!r}" if path else ""
     raise InputError(
         f"the weight{where} holds {bad} values that are NaN or infinite",
@@ -229,6 +267,24 @@ def widened_layers(program: Program) -> set[str]:
         if in_float or node.target in always:
             path = module_path(node)
             found.add(f"{program.path}.{path}" if program.path else path)
+    return found
+
+
+def broken_scales(program: Program) -> list[Skip]:
+    """Calls of ``mopt::`` operators that read scales or zero points with NaN or infinity."""
+    found = []
+    for node in program.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.name.startswith("mopt::"):
+            continue
+        for given, value in zip(schema.arguments, node.args, strict=False):
+            nodes = value if isinstance(value, list | tuple) else (value,)
+            held = [program.constant(one) for one in nodes]
+            if "scale" in given.name or "zero_point" in given.name:
+                bad = any(t is not None and not bool(t.float().isfinite().all()) for t in held)
+                if bad:
+                    reason = f"its {given.name} hold NaN or infinity"
+                    found.append(Skip(site_of(node), reason))
     return found
 
 

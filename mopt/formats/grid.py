@@ -42,6 +42,12 @@ class Grid:
     tables: Tensor | None = None
     tensor_scale: Tensor | None = None
 
+    def rows(self, at: slice) -> Grid:
+        """The grid of some rows of the weight."""
+        zeros = None if self.zero_points is None else self.zero_points[at]
+        tables = None if self.tables is None else self.tables[at]
+        return Grid(self.scales[at], zeros, tables, self.tensor_scale)
+
     @staticmethod
     def join(grids: list[Grid]) -> Grid:
         """The grid of a weight from the grids of its slices, left to right."""

@@ -19,6 +19,7 @@ from mopt.formats.base import (
     register_format,
     require_finite,
     round_codes,
+    row_pieces,
     store,
     swap_calls,
 )
@@ -136,6 +137,9 @@ class IntBlocks(GridFormat):
     def encode(self, weight: Tensor, *, grid: Grid | None = None) -> Encoded:
         require_finite(weight)
         grid = self.grid(weight) if grid is None else grid
+        return Encoded.join([self._encode(weight[at], grid.rows(at)) for at in row_pieces(weight)])
+
+    def _encode(self, weight: Tensor, grid: Grid) -> Encoded:
         rows, columns = weight.shape
         block = self.block(columns)
         blocks = -(-columns // block)
@@ -161,11 +165,15 @@ class IntBlocks(GridFormat):
         return Encoded(self.name, tuple(weight.shape), tensors)
 
     def decode(self, encoded: Encoded) -> Tensor:
-        tensors = encoded.tensors
-        return dequantize_blocks(
-            tensors["codes"], tensors["scales"], tensors.get("zero_points"), self.storage,
-            encoded.shape[1],
-        )  # fmt: skip
+        scales = encoded.tensors["scales"]
+        weight = torch.empty(encoded.shape, dtype=scales.dtype, device=scales.device)
+        for at in row_pieces(weight):
+            part = encoded.rows(at).tensors
+            weight[at] = dequantize_blocks(
+                part["codes"], part["scales"], part.get("zero_points"), self.storage,
+                encoded.shape[1],
+            )  # fmt: skip
+        return weight
 
     def size_bytes(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> int:
         rows, columns = shape

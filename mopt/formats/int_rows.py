@@ -18,6 +18,7 @@ from mopt.formats.base import (
     record,
     register_format,
     require_finite,
+    row_pieces,
     store,
     swap_calls,
 )
@@ -58,18 +59,23 @@ class _Int8Rows(GridFormat):
         grid = self.grid(weight) if grid is None else grid
         flat = weight.reshape(len(weight), -1).float()
         group = self.group_of(flat.shape[1])
-        steps = grid.scales.float().repeat_interleave(group, dim=1)[:, : flat.shape[1]]
-        codes = torch.round(flat / steps).clamp(-self.limit, self.limit).to(torch.int8)
+        codes = torch.empty(flat.shape, dtype=torch.int8, device=flat.device)
+        for at in row_pieces(flat):
+            steps = grid.scales[at].float().repeat_interleave(group, dim=1)[:, : flat.shape[1]]
+            codes[at] = torch.round(flat[at] / steps).clamp(-self.limit, self.limit).to(torch.int8)
         tensors = {"codes": codes.view(weight.shape), "scales": self._stored(grid.scales)}
         return Encoded(self.name, tuple(weight.shape), tensors)
 
     def decode(self, encoded: Encoded) -> Tensor:
         codes = encoded.tensors["codes"]
-        flat = codes.reshape(len(codes), -1).float()
+        flat = codes.reshape(len(codes), -1)
         scales = encoded.tensors["scales"].reshape(len(codes), -1)
         group = self.group_of(flat.shape[1])
-        steps = scales.repeat_interleave(group, dim=1)[:, : flat.shape[1]]
-        return (flat * steps).view(encoded.shape)
+        weight = torch.empty(flat.shape, dtype=torch.float32, device=flat.device)
+        for at in row_pieces(flat):
+            steps = scales[at].repeat_interleave(group, dim=1)[:, : flat.shape[1]]
+            weight[at] = flat[at].float() * steps
+        return weight.view(encoded.shape)
 
     def quantize_columns(self, columns: Tensor, grid: Grid, group: int, start: int) -> Tensor:
         at = groups_of(start, columns.shape[1], group)

@@ -7,7 +7,7 @@ model, so files are small, speed and memory are those of a float layer.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,6 +21,7 @@ from mopt.formats.base import (
     record,
     register_format,
     require_finite,
+    row_pieces,
     store,
     swap_calls,
 )
@@ -121,11 +122,22 @@ class LevelBlocks(Format):
         weighed per column by ``importance`` (columns).
         """
         require_finite(weight)
-        x = self._grouped(weight)
+        peaks = [weight[at].abs().amax() for at in row_pieces(weight)]
+        shared = self._tensor_scale(torch.stack(peaks).amax().float())
         weigh = torch.ones(weight.shape[1]) if importance is None else importance.float()
         weigh = self._grouped(weigh[None].to(weight.device))
+        parts = [self._search(weight[at], ranges, weigh, shared) for at in row_pieces(weight)]
+        scales, tables = (torch.cat(both) for both in zip(*parts, strict=True))
+        several = len(levels(self.levels).tables) > 1
+        return Grid(scales, None, tables if several else None, shared)
+
+    def _search(
+        self, weight: Tensor, ranges: str, weigh: Tensor, shared: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Scales and tables (rows, groups) of some rows."""
+        x = self._grouped(weight)
         largest = x.abs().amax(-1)
-        stored = self._storable(largest)
+        stored = self._storable(largest, shared)
         best = torch.full_like(largest, torch.inf)
         scales, tables = torch.ones_like(largest), torch.zeros_like(largest)
         found = levels(self.levels)
@@ -138,12 +150,22 @@ class LevelBlocks(Format):
                 best = torch.where(better, error, best)
                 scales = torch.where(better, step, scales)
                 tables = torch.where(better, float(table), tables)
-        several = len(found.tables) > 1
-        return Grid(scales, None, tables if several else None, self._tensor_scale(largest.amax()))
+        return scales, tables
 
     def encode(self, weight: Tensor, *, grid: Grid | None = None) -> Encoded:
         require_finite(weight)
         grid = self.grid(weight) if grid is None else grid
+        encoded = Encoded.join(
+            [self._encode(weight[at], grid.rows(at)) for at in row_pieces(weight)]
+        )
+        if self.kind != "nvfp4":
+            return encoded
+        assert grid.tensor_scale is not None
+        tensors = {**encoded.tensors, "tensor_scale": grid.tensor_scale}
+        return Encoded(encoded.format, encoded.shape, tensors)
+
+    def _encode(self, weight: Tensor, grid: Grid) -> Encoded:
+        """Of some rows, without the scale of the whole tensor."""
         x, found = self._grouped(weight), levels(self.levels)
         ratio = _divide(x, grid.scales)
         codes = nearest_codes(ratio, self.levels)
@@ -160,20 +182,25 @@ class LevelBlocks(Format):
             assert grid.tensor_scale is not None
             stored = grid.scales / grid.tensor_scale
             tensors["scales"] = nearest_codes(stored, self.scale_kind).to(torch.uint8)
-            if self.kind == "nvfp4":
-                tensors["tensor_scale"] = grid.tensor_scale
         if grid.tables is not None:
             tensors["tables"] = pack_bits(grid.tables.to(torch.int32), 2)
         return Encoded(self.name, tuple(weight.shape), tensors)
 
     def decode(self, encoded: Encoded) -> Tensor:
-        tensors = encoded.tensors
-        columns = encoded.shape[1]
+        scale = encoded.tensors.get("tensor_scale")
+        by_row = {name: t for name, t in encoded.tensors.items() if name != "tensor_scale"}
+        rows = Encoded(encoded.format, encoded.shape, by_row)
+        weight = torch.empty(encoded.shape, device=by_row["codes"].device)
+        for at in row_pieces(weight):
+            weight[at] = self._decode(rows.rows(at).tensors, scale, encoded.shape[1])
+        return weight
+
+    def _decode(self, tensors: Mapping[str, Tensor], scale: Tensor | None, columns: int) -> Tensor:
         if self.kind == "bitmod3":
             return dequantize_blocks(tensors["codes"], tensors["scales"], None, 4, columns)
         return decode_levels(
-            tensors["codes"], tensors["scales"], tensors.get("tables"),
-            tensors.get("tensor_scale"), self.levels, self.scale_kind, columns,
+            tensors["codes"], tensors["scales"], tensors.get("tables"), scale,
+            self.levels, self.scale_kind, columns,
         )  # fmt: skip
 
     def size_bytes(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> int:
@@ -228,9 +255,8 @@ class LevelBlocks(Format):
         codes = nearest_codes(_divide(x, scales), self.levels, table)
         return levels(self.levels).tables[table].to(x.device)[codes] * scales.unsqueeze(-1)
 
-    def _storable(self, largest: Tensor) -> Callable[[Tensor], Tensor]:
+    def _storable(self, largest: Tensor, shared: Tensor) -> Callable[[Tensor], Tensor]:
         """What becomes of scales when they are stored; 1 where a group is all zero."""
-        shared = self._tensor_scale(largest.amax())
 
         def stored(scales: Tensor) -> Tensor:
             if self.scale_kind == "e8m0":

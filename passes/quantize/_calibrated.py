@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from mopt.formats import Encoded, Grid, GridFormat
-from mopt.formats.base import require_finite
+from mopt.formats.base import require_finite, row_pieces
 from mopt.layers import Layer, find_layers
 from mopt.pass_base import Pass, PassContext, PassResult, Skip
 from mopt.passes.quantize._gptq import output_error
-from mopt.passes.quantize._weights import relative_error
+from mopt.passes.quantize._weights import encode_once
 from mopt.program import Program
 from mopt.streaming import Stream
+
+# Values that are rounded together: columns go one by one, for all rows of a piece at once.
+_ROUNDED_TOGETHER = 1 << 20
 
 NEEDS_DATA = "needs calibration data; pass calibration=[inputs, ...] (or --calib)"
 
@@ -96,21 +100,23 @@ def visit_groups(
             yield group, moments.pop(group.inputs)
 
 
-def aimed(weight: Tensor, moments: Moments, damping: float = 0.01) -> Tensor:
-    """The weight that, on what is read now, comes nearest to the original outputs, float32.
+def correction(moments: Moments, damping: float = 0.01) -> Tensor | None:
+    """C (K, K), float32, for which a weight W + W C comes nearest to the original outputs of W.
 
-    The least squares solution W + W D (H + damping)^-1 with D the drift and H the second moment
-    (Li et al. 2025, "GPTAQ", for its target); the weight itself where there is no drift.
+    On what is read now: the least squares solution D (H + damping)^-1 with D the drift and H the
+    second moment (Li et al. 2025, "GPTAQ", for its target); None where there is no drift.
     """
     if moments.drift is None:
-        return weight
-    h = moments.second.double().clone()
+        return None
+    h = moments.second.to(torch.float64, copy=True)
     h.diagonal().add_(damping * h.diagonal().mean().clamp(min=1e-30))
-    factor, failed = torch.linalg.cholesky_ex(h)
+    h, failed = torch.linalg.cholesky_ex(h)
     if bool(failed):
-        return weight
-    shift = torch.cholesky_solve((weight.double() @ moments.drift.double()).t(), factor).t()
-    return (weight.double() + shift).to(weight.dtype)
+        return None
+    return torch.cholesky_solve(moments.drift.double().t(), h).t().float()
+
+
+Encode = Callable[[Layer, Tensor, GridFormat, Tensor], tuple[Encoded, Mapping[str, Any]]]
 
 
 def encode_on_data(
@@ -119,17 +125,17 @@ def encode_on_data(
     ctx: PassContext,
     kinds: tuple[str, ...],
     choose: Callable[[Layer, Tensor], GridFormat | str],
-    encode: Callable[[Layer, Tensor, GridFormat, Tensor], tuple[Encoded, Mapping[str, Any]]],
+    encode: Encode,
     *,
     aim_at_original: bool = False,
 ) -> PassResult:
     """Encode every selected layer of ``kinds`` for the inputs it gets on calibration data.
 
-    ``choose`` gives a layer's format or the reason to leave it; ``encode`` is given the second
-    moment of the layer's inputs, which come from layers that are encoded already, and may return
-    remarks for the report. Layers that read one value share its moment. ``aim_at_original`` lets
-    the original model run beside, and gives ``encode`` the weight that makes up for what the
-    encoded layers before it have changed.
+    ``choose`` gives a layer's format or the reason to leave it; ``encode`` is given some rows of
+    the weight and the second moment of the layer's inputs, which come from layers that are encoded
+    already, and may return remarks for the report. Layers that read one value share its moment.
+    ``aim_at_original`` lets the original model run beside, and gives ``encode`` the weight that
+    makes up for what the encoded layers before it have changed.
     """
     assert ctx.calibration is not None
     forms, skipped = choose_formats(one, program, kinds, choose)
@@ -144,18 +150,21 @@ def encode_on_data(
     layer_error: dict[str, float] = {}
     remarks: dict[str, Any] = {}
     for group, moments in visit_groups(program, stream, input_groups(list(forms)), original):
-        moment = moments.second
+        moment, shift = moments.second, correction(moments)
         for layer in group.layers:
             ctx.progress.step(len(encoded), len(forms), "layers")
             ctx.check_time(f"encoding {layer.path}")
             form, weight = forms[layer], program.weight(layer.weight)
-            encoded[layer], said = encode(layer, aimed(weight, moments), form, moment)
-            decoded = form.decode(encoded[layer])
-            stream.replace_weight(layer.calls, layer.weight, decoded.to(weight.dtype))
-            weight_error[layer.path] = relative_error(weight, decoded)
-            size = output_error(weight, moment)
-            wrong = output_error(weight.float() - decoded.float(), moment)
-            layer_error[layer.path] = wrong / size if size > 0 else 0.0
+            read = [weight, moment] if shift is None else [weight, moment, shift]
+            encoded[layer], said = encode_once(
+                one, ctx, form, read, partial(_by_rows, encode, layer, weight, form, moment, shift)
+            )
+            weight_error[layer.path], layer_error[layer.path] = _errors(
+                form, weight, encoded[layer], moment
+            )
+            if len(encoded) < len(forms):  # nothing comes behind the last
+                decoded = form.decode(encoded[layer]).to(weight.dtype)
+                stream.replace_weight(layer.calls, layer.weight, decoded)
             if said:
                 remarks[layer.path] = dict(said)
     for layer, one_encoded in encoded.items():
@@ -171,6 +180,37 @@ def encode_on_data(
     if remarks:
         stats["remarks"] = remarks
     return PassResult(changed=True, stats=stats, skipped=skipped)
+
+
+def _by_rows(
+    encode: Encode, layer: Layer, weight: Tensor, form: GridFormat, moment: Tensor,
+    shift: Tensor | None,
+) -> tuple[Encoded, Mapping[str, Any]]:  # fmt: skip
+    """A weight encoded some rows at a time, which need not know of each other."""
+    pieces: list[Encoded] = []
+    said: dict[str, Any] = {}
+    for at in row_pieces(weight, _ROUNDED_TOGETHER):
+        rows = weight[at]
+        aim = rows if shift is None else (rows.float() + rows.float() @ shift).to(weight.dtype)
+        piece, remarks = encode(layer, aim, form, moment)
+        pieces.append(piece)
+        said.update(remarks)
+    return Encoded.join(pieces), said
+
+
+def _errors(
+    form: GridFormat, weight: Tensor, encoded: Encoded, moment: Tensor
+) -> tuple[float, float]:
+    """The errors of an encoding and of the layer's output, as shares of the power of either."""
+    size = wrong = power = error = 0.0
+    for at in row_pieces(weight):
+        rows = weight[at].float()
+        difference = rows - form.decode(encoded.rows(at)).float()
+        size += float(rows.square().sum(dtype=torch.float64))
+        wrong += float(difference.square().sum(dtype=torch.float64))
+        power += output_error(rows, moment)
+        error += output_error(difference, moment)
+    return (wrong / size if size > 0 else wrong), (error / power if power > 0 else 0.0)
 
 
 def grid_for(form: GridFormat, weight: Tensor, moment: Tensor, ranges: str) -> Grid:

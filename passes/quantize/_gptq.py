@@ -43,43 +43,62 @@ class Rounded:
     feedback_error: float = 0.0
 
 
-def round_with_feedback(
-    weight: Tensor,
-    moment: Tensor,
-    form: GridFormat,
-    grid: Grid,
-    *,
-    damping: float = 0.01,
-    by_activation: bool = True,
-    refinements: int = 2,
-) -> Rounded:
-    """Round ``weight`` (N, K) to ``grid`` for inputs with second ``moment`` (K, K).
+@dataclass(frozen=True)
+class Inputs:
+    """What rounding needs of a layer's inputs, made once for all rows of all layers that read them.
 
-    Inputs that were always zero (dead) have no say in the order and are rounded to nearest.
-    ``by_activation`` rounds the columns with the largest inputs first, while many columns are left
-    to make up for them. The damping is raised tenfold, up to 0.1, where H cannot be factored.
+    ``h`` is the second moment with its damping, float64; ``order`` that in which columns are
+    rounded, and ``ordered`` the moment in it, float32; ``factor`` the upper Cholesky factor of the
+    inverse, float32, None where no damping made the moment regular.
     """
+
+    h: Tensor
+    order: Tensor
+    ordered: Tensor
+    factor: Tensor | None
+    damping: float | None
+
+    @staticmethod
+    def of(moment: Tensor, *, damping: float = 0.01, by_activation: bool = True) -> Inputs:
+        """Of inputs with that second moment (K, K).
+
+        Inputs that were always zero (dead) have no say in the order and are rounded to nearest.
+        ``by_activation`` rounds the columns with the largest inputs first, while many columns are
+        left to make up for them. The damping is raised tenfold, up to 0.1, where the moment cannot
+        be factored.
+        """
+        h = moment.double().clone()
+        diagonal = h.diagonal()
+        dead = diagonal <= 0
+        h[dead] = 0
+        h[:, dead] = 0
+        diagonal[dead] = 1
+        scale = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
+        order = torch.arange(len(h), device=h.device)
+        if by_activation:
+            order = torch.argsort(torch.where(dead, 0, diagonal), descending=True, stable=True)
+        factor, used = inverse_factor(h, order, damping, scale)
+        if factor is None or used is None:
+            return Inputs(h, order, h.float()[order][:, order], None, None)
+        factor = factor.float()
+        diagonal += used * scale
+        return Inputs(h, order, h.float()[order][:, order], factor, used)
+
+
+def round_with_feedback(
+    weight: Tensor, inputs: Inputs, form: GridFormat, grid: Grid, *, refinements: int = 2
+) -> Rounded:
+    """Round ``weight`` (N, K) to ``grid`` for such inputs; its rows do not depend on each other."""
     w = weight.float()
-    h = moment.double().clone()
-    diagonal = h.diagonal()
-    dead = diagonal <= 0
-    h[dead] = 0
-    h[:, dead] = 0
-    diagonal[dead] = 1
-    scale = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
-    order = torch.arange(len(h), device=h.device)
-    if by_activation:
-        order = torch.argsort(torch.where(dead, 0, diagonal), descending=True, stable=True)
-    factor, used = inverse_factor(h, order, damping, scale)
     group = form.group_of(w.shape[1])
-    if factor is None or used is None:
+    h, order = inputs.h, inputs.order
+    if inputs.factor is None:
         nearest = form.quantize_columns(w, grid, group, 0)
         return Rounded(nearest, grid, None, output_error(w - nearest, h))
-    diagonal += used * scale
-    rounded, feedback = _feed_back(w, factor.float(), order, form, grid, group)
-    result = Rounded(rounded, grid, used, output_error(w - rounded, h), feedback)
+    rounded, feedback = _feed_back(w, inputs.factor, order, form, grid, group)
+    result = Rounded(rounded, grid, inputs.damping, output_error(w - rounded, h), feedback)
     for _ in range(refinements):
-        better = _refine(w, h, order, form, result, group)
+        better = _refine(w, inputs, form, result, group)
         if better.error >= result.error:
             break
         result = better
@@ -109,14 +128,13 @@ def _feed_back(
     return result, total
 
 
-def _refine(
-    w: Tensor, h: Tensor, order: Tensor, form: GridFormat, found: Rounded, group: int
-) -> Rounded:
+def _refine(w: Tensor, inputs: Inputs, form: GridFormat, found: Rounded, group: int) -> Rounded:
     """One fit of the scales and one sweep over the codes; each row keeps what is better."""
+    h = inputs.h
     grid = _fitted(w, h, found, group)
     levels = found.weight / _per_column(found.grid.scales, w.shape[1], group)
     moved = levels.round() * _per_column(grid.scales, w.shape[1], group)
-    swept = _sweep(w, h.float(), order, form, grid, group, moved)
+    swept = _sweep(w, inputs, form, grid, group, moved)
     before, after = _row_errors(w - found.weight, h), _row_errors(w - swept, h)
     better = after < before
     scales = torch.where(better[:, None], grid.scales, found.grid.scales)
@@ -160,11 +178,11 @@ def _fitted(w: Tensor, h: Tensor, found: Rounded, group: int) -> Grid:
 
 
 def _sweep(
-    w: Tensor, h: Tensor, order: Tensor, form: GridFormat, grid: Grid, group: int, start: Tensor
+    w: Tensor, inputs: Inputs, form: GridFormat, grid: Grid, group: int, start: Tensor
 ) -> Tensor:
     """Move each code in turn to where the error of the output is least, the others fixed."""
+    order, ordered = inputs.order, inputs.ordered
     result = start[:, order].clone()
-    ordered = h[order][:, order]
     slope = (w[:, order] - result) @ ordered
     columns = order.tolist()
     for first in range(0, len(columns), _BLOCK):

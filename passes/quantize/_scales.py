@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from mopt.effects import argument
+from mopt.formats.base import row_pieces
 from mopt.layers import LINEAR, find_layers
 from mopt.pass_base import Skip
 from mopt.passes.quantize._calibrated import Group, input_groups
@@ -98,8 +99,12 @@ def first_reader(program: Program, group: Group) -> fx.Node:
 
 
 def set_weight(program: Program, call: fx.Node, change: Callable[[Tensor], Tensor]) -> None:
-    """Let a linear call read ``change`` of its weight, which is computed in float64."""
-    _set(program, call, 1, change(program.weight(_reader(call, 1)).double()))
+    """Let a linear call read ``change`` of its weight, computed in float64, some rows at a time."""
+    weight = program.weight(_reader(call, 1))
+    changed = torch.empty_like(weight)
+    for at in row_pieces(weight):
+        changed[at] = change(weight[at].double()).to(weight.dtype)
+    _set(program, call, 1, changed)
 
 
 def _insert_product(program: Program, edge: Edge, factors: Tensor) -> None:

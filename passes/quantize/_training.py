@@ -20,7 +20,7 @@ from mopt.layers import Layer
 from mopt.pass_base import Pass, PassContext, PassResult, Skip, option
 from mopt.passes.quantize._blocks import Block, find_blocks, input_moments, run_block
 from mopt.passes.quantize._calibrated import NEEDS_DATA, choose_formats, grid_for
-from mopt.passes.quantize._gptq import round_with_feedback
+from mopt.passes.quantize._gptq import Inputs, round_with_feedback
 from mopt.passes.quantize._weights import is_small, kernel_notice, relative_error
 from mopt.program import Program
 from mopt.streaming import Stream
@@ -180,7 +180,7 @@ def first_codes(
     grid = grid_for(form, weight, moment, ranges)
     if start == "nearest":
         return form.decode(form.encode(weight, grid=grid)), grid
-    found = round_with_feedback(weight, moment, form, grid)
+    found = round_with_feedback(weight, Inputs.of(moment), form, grid)
     return found.weight, found.grid
 
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from mopt.formats.base import row_pieces
 from mopt.formats.grid import min_max_grid
 from mopt.formats.int_rows import Int8Dynamic
 
+Change = Callable[[Tensor], Tensor]
 
-def rounded_error(rows: Tensor, weights: list[Tensor], factors: Tensor) -> float:
-    """Squared error of all outputs with activations and weights in int8 behind ``factors``.
 
-    Activations are rounded over one range for the whole of ``rows``, weights per output channel to
-    all that occurs: of the search for ranges, factors change little.
+def rounded_error(rows: Tensor, weights: list[Tensor], change: Change | None = None) -> float:
+    """Squared error of all outputs with activations and weights in int8.
+
+    ``change`` is what becomes of rows of weights before they are rounded; what it stands for has
+    been done to ``rows``. Activations are rounded over one range for the whole of ``rows``, weights
+    per output channel to all that occurs: of the search for ranges, these changes change little.
     """
-    scaled = rows / factors
-    return output_error_of(scaled, round_rows(scaled), [weight * factors for weight in weights])
+    return output_error_of(rows, round_rows(rows), weights, change)
 
 
 def round_rows(rows: Tensor) -> Tensor:
@@ -27,16 +32,21 @@ def round_rows(rows: Tensor) -> Tensor:
     return (codes.clamp(0, 255) - grid.zero_points) * grid.scales
 
 
-def output_error_of(rows: Tensor, rounded: Tensor, weights: list[Tensor]) -> float:
+def output_error_of(
+    rows: Tensor, rounded: Tensor, weights: list[Tensor], change: Change | None = None
+) -> float:
     """Squared error of all outputs for ``rounded`` instead of ``rows``, with weights in int8."""
     form = Int8Dynamic()
     total = 0.0
     for weight in weights:
-        grid = form.grid(weight, ranges="min-max")
-        near = form.quantize_columns(weight, grid, weight.shape[1], 0)
-        # One product for the difference: A'R - AW = (A' - A)R + A(R - W).
-        wrong = (rounded - rows) @ near.t() + rows @ (near - weight).t()
-        total += float(wrong.square().sum(dtype=torch.float64))
+        for at in row_pieces(weight):
+            part = weight[at].float()
+            part = part if change is None else change(part)
+            grid = form.grid(part, ranges="min-max")
+            near = form.quantize_columns(part, grid, part.shape[1], 0)
+            # One product for the difference: A'R - AW = (A' - A)R + A(R - W).
+            wrong = (rounded - rows) @ near.t() + rows @ (near - part).t()
+            total += float(wrong.square().sum(dtype=torch.float64))
     return total
 
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mopt.cache import library_versions, source_hash
 from mopt.formats import Encoded, Format, Grid, GridFormat
-from mopt.formats.base import require_finite
+from mopt.formats.base import require_finite, row_pieces
 from mopt.formats.level_blocks import LevelBlocks
+from mopt.hashes import tensor_hash
 from mopt.layers import Layer, find_layers
 from mopt.pass_base import Pass, PassContext, PassResult, Skip
 from mopt.program import Program
+
+_SHAPE, _FORM = "shape of the weight", "format of the weight"
 
 
 def encode_layers(
@@ -45,26 +51,90 @@ def encode_layers(
         if isinstance(chosen, str) or reason:
             skipped.append(Skip(layer.path, str(reason)))
             continue
-        encoded = _encode(chosen, weight, ranges)
-        error[layer.path] = relative_error(weight, chosen.decode(encoded))
+        encoded, _ = encode_once(
+            one, ctx, chosen, [weight], partial(_encode, chosen, weight, ranges), ranges
+        )
+        error[layer.path] = _encoding_error(chosen, weight, encoded)
         formats[layer.path] = chosen.name
         chosen.place(program, layer, encoded)
     stats: dict[str, Any] = {"layers": len(formats), "formats": formats, "weight_error": error}
     return PassResult(changed=bool(formats), stats=stats, skipped=skipped)
 
 
-def _encode(chosen: Format, weight: Tensor, ranges: str) -> Encoded:
+def _encode(chosen: Format, weight: Tensor, ranges: str) -> tuple[Encoded, dict[str, Any]]:
     grid: Grid | None = None
     if isinstance(chosen, GridFormat | LevelBlocks):
         grid = chosen.grid(weight, ranges=ranges)
-    return chosen.encode(weight, grid=grid)
+    return chosen.encode(weight, grid=grid), {}
+
+
+def encode_once(
+    one: Pass,
+    ctx: PassContext,
+    form: Format,
+    read: Sequence[Tensor],
+    make: Callable[[], tuple[Encoded, Mapping[str, Any]]],
+    *more: str,
+) -> tuple[Encoded, Mapping[str, Any]]:
+    """What ``make`` gives, from the cache where it was made before, so that a compile that was
+    interrupted goes on where it was.
+
+    ``read`` are the tensors it depends on and ``more`` what else, besides the options of ``one``.
+    """
+    if ctx.cache is None:
+        return make()
+    where = {"layers", "skip", "optional"}
+    key = {
+        "pass": one.pass_name,
+        "options": {name: value for name, value in one.options().items() if name not in where},
+        "format": form.name,
+        "read": [tensor_hash(tensor) for tensor in read],
+        "more": list(more),
+        "source": source_hash(*_sources()),
+        "libraries": library_versions(),
+        "threads": torch.get_num_threads(),
+        "seed": ctx.seed,
+    }
+
+    def tensors() -> tuple[Mapping[str, Tensor], Any]:
+        encoded, said = make()
+        return encoded.tensors, {**said, _SHAPE: list(encoded.shape), _FORM: encoded.format}
+
+    found, said = ctx.cache.remember_tensors("encoded", key, tensors)
+    shape, name = said.pop(_SHAPE), said.pop(_FORM)
+    return Encoded(name, tuple(shape), found), said
+
+
+@cache
+def _sources() -> tuple[str, ...]:
+    """The files that decide what a weight becomes."""
+    import mopt.formats
+    import mopt.passes.quantize
+
+    folders = (*mopt.formats.__path__, *mopt.passes.quantize.__path__)
+    return tuple(sorted(str(path) for folder in folders for path in Path(folder).glob("*.py")))
+
+
+def _encoding_error(form: Format, weight: Tensor, encoded: Encoded) -> float:
+    """The relative error of an encoding, decoded some rows at a time where that is possible."""
+    if not encoded.is_by_rows:
+        return relative_error(weight, form.decode(encoded))
+    total = wrong = 0.0
+    for at in row_pieces(weight):
+        rows = weight[at].float()
+        difference = rows - form.decode(encoded.rows(at)).float()
+        total += float(rows.square().sum(dtype=torch.float64))
+        wrong += float(difference.square().sum(dtype=torch.float64))
+    return wrong / total if total > 0 else wrong
 
 
 def relative_error(weight: Tensor, decoded: Tensor) -> float:
     """Squared error over the weight's own square sum: 0 is exact, 1 is as bad as all zeros."""
-    reference = weight.double()
-    total = float(reference.square().sum())
-    wrong = float((decoded.double() - reference).square().sum())
+    total = wrong = 0.0
+    for at in row_pieces(weight):
+        reference = weight[at].double()
+        total += float(reference.square().sum())
+        wrong += float((decoded[at].double() - reference).square().sum())
     return wrong / total if total > 0 else wrong
 
 

@@ -14,7 +14,7 @@ from mopt.formats.int_blocks import IntBlocks, padding_reason
 from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
 from mopt.passes.quantize._calibrated import NEEDS_DATA, grid_for
 from mopt.passes.quantize._experts import ExpertInputs, Experts, find_experts
-from mopt.passes.quantize._gptq import output_error, round_with_feedback
+from mopt.passes.quantize._gptq import Inputs, output_error, round_with_feedback
 from mopt.passes.quantize._weights import relative_error
 from mopt.program import Program, site_of
 from mopt.streaming import Stream
@@ -133,7 +133,9 @@ class QuantizeExperts(Pass):
     def _encode(self, weight: Tensor, moment: Tensor, bits: int) -> Encoded:
         form = self._form(bits)
         grid = grid_for(form, weight, moment, "output")
-        found = round_with_feedback(weight, moment, form, grid, refinements=self.refinements)
+        found = round_with_feedback(
+            weight, Inputs.of(moment), form, grid, refinements=self.refinements
+        )
         return form.encode(found.weight, grid=found.grid)
 
     def _place(

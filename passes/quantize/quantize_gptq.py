@@ -13,7 +13,7 @@ from mopt.formats.int_blocks import IntBlocks
 from mopt.layers import Layer
 from mopt.pass_base import Numerics, Pass, PassContext, PassResult, option, register_pass
 from mopt.passes.quantize._calibrated import NEEDS_DATA, encode_on_data, grid_for
-from mopt.passes.quantize._gptq import round_with_feedback
+from mopt.passes.quantize._gptq import Inputs, round_with_feedback
 from mopt.passes.quantize._weights import is_small, kernel_notice
 from mopt.program import Program
 
@@ -91,23 +91,35 @@ class QuantizeGptq(Pass):
                 return f"only linear layers have a kernel for weights in groups, not {layer.kind}s"
             return is_small(layer, self.min_size) or wanted
 
-        kinds = ("linear", "convolution", "embedding")
         return encode_on_data(
-            self, program, ctx, kinds, choose, self._encode,
+            self, program, ctx, ("linear", "convolution", "embedding"), choose, _Encoder(self),
             aim_at_original=self.aim == "original",
         )  # fmt: skip
 
-    def _encode(
+
+class _Encoder:
+    """Encodes layers one after another; those that read the same values share their factor."""
+
+    def __init__(self, options: QuantizeGptq) -> None:
+        self._options = options
+        self._known: tuple[Tensor, Inputs] | None = None
+
+    def __call__(
         self, layer: Layer, weight: Tensor, form: GridFormat, moment: Tensor
     ) -> tuple[Encoded, Mapping[str, Any]]:
-        grid = grid_for(form, weight, moment, self.ranges)
+        options = self._options
+        if self._known is None or self._known[0] is not moment:
+            by_activation = options.order == "activation"
+            self._known = None  # before the next factor is made
+            inputs = Inputs.of(moment, damping=options.damping, by_activation=by_activation)
+            self._known = moment, inputs
+        grid = grid_for(form, weight, moment, options.ranges)
         rounded = round_with_feedback(
-            weight, moment, form, grid, damping=self.damping,
-            by_activation=self.order == "activation", refinements=self.refinements,
-        )  # fmt: skip
+            weight, self._known[1], form, grid, refinements=options.refinements
+        )
         remarks: dict[str, Any] = {}
         if rounded.damping is None:
             remarks["rounded"] = "to nearest: no damping up to 0.1 made the second moment regular"
-        elif rounded.damping > self.damping:
+        elif rounded.damping > options.damping:
             remarks["damping"] = rounded.damping
         return form.encode(rounded.weight.to(weight.dtype), grid=rounded.grid), remarks

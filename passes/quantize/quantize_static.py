@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from mopt.formats import Encoded, Grid
+from mopt.formats import Encoded, Format, Grid
 from mopt.formats.base import require_finite
 from mopt.formats.grid import min_max_grid
 from mopt.formats.int_rows import Int8Qdq
@@ -92,10 +94,7 @@ class QuantizeStatic(Pass):
         if self.correct_bias:
             decoded = {layer: format_.decode(one) for layer, one in encoded.items()}
             corrected = correct_means(program, ctx, decoded)
-        rounded = {
-            call.args[1]: format_.decode(one) for layer, one in encoded.items()
-            for call in layer.calls
-        }  # fmt: skip
+        rounded = _Decoded(format_, encoded)
         batches = ctx.calibration.for_part(program).collect(observers, ctx, rounded)
         grids = {edge: self._grid(observer) for edge, observer in observers.items()}
 
@@ -185,3 +184,25 @@ def _ends(program: Program, calls: set[fx.Node]) -> tuple[set[fx.Node], set[fx.N
         if any(u in before or u in calls for u in node.users):
             before.add(node)
     return calls - after, calls - before
+
+
+class _Decoded(Mapping[fx.Node, Tensor]):
+    """Rounded weights by their readers, decoded anew whenever they are asked for.
+
+    To hold them all would take the memory of another float model.
+    """
+
+    def __init__(self, form: Format, encoded: Mapping[Layer, Encoded]) -> None:
+        self._form = form
+        self._encoded: dict[Any, Encoded] = {
+            call.args[1]: one for layer, one in encoded.items() for call in layer.calls
+        }
+
+    def __getitem__(self, reader: fx.Node) -> Tensor:
+        return self._form.decode(self._encoded[reader])
+
+    def __iter__(self) -> Iterator[fx.Node]:
+        return iter(self._encoded)
+
+    def __len__(self) -> int:
+        return len(self._encoded)

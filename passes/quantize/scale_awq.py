@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mopt.formats.base import require_finite
+from mopt.formats.base import require_finite, row_pieces
 from mopt.formats.int_blocks import IntBlocks
 from mopt.observers import ChannelStatistics
 from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
@@ -100,11 +100,12 @@ class ScaleAwq(Pass):
             factors = awq_factors(magnitude, power)
             error = 0.0
             for weight in weights:
-                scaled = weight * factors
-                grid = form.grid(scaled, ranges=self.ranges)
                 group = form.group_of(weight.shape[1])
-                rounded = form.quantize_columns(scaled, grid, group, 0) / factors
-                error += output_error(rounded - weight, moment)
+                for at in row_pieces(weight):
+                    scaled = weight[at] * factors
+                    grid = form.grid(scaled, ranges=self.ranges)
+                    rounded = form.quantize_columns(scaled, grid, group, 0) / factors
+                    error += output_error(rounded - weight[at], moment)
             if point == 0:
                 plain = error
             if error < best:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mopt.formats.base import require_finite
+from mopt.formats.base import require_finite, row_pieces
 from mopt.observers import ChannelStatistics
 from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
 from mopt.passes.quantize._calibrated import NEEDS_DATA, visit_inputs
@@ -98,16 +98,18 @@ class SmoothActivations(Pass):
         seen = ChannelStatistics()
         for value in values:
             seen.add(value)
-        largest = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
+        largest = torch.stack(
+            [weight[at].abs().amax(0) for weight in weights for at in row_pieces(weight)]
+        ).amax(0)
         if self.strength:
             return self.strength, smoothing_factors(seen.largest, largest, self.strength)
         share = max(1, self.rows // len(values))
         rows = torch.cat([spread_rows(value, share) for value in values])
         best: tuple[float, Tensor | None] = (0.0, None)
-        error = below * rounded_error(rows, weights, torch.ones_like(largest))
+        error = below * rounded_error(rows, weights)
         for strength in _STRENGTHS:
             factors = smoothing_factors(seen.largest, largest, strength)
-            tried = rounded_error(rows, weights, factors)
+            tried = rounded_error(rows / factors, weights, factors.mul)
             if tried < error:
                 best, error = (strength, factors), tried
         return best

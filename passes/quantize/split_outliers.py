@@ -78,7 +78,7 @@ class SplitOutliers(Pass):
             ctx.check_time(f"looking for outliers in the inputs of {path}")
             values = stream.values(value)
             rows = torch.cat([spread_rows(v, max(1, self.rows // len(values))) for v in values])
-            weights = [program.weight(layer.weight).float() for layer in group.layers]
+            weights = [program.weight(layer.weight) for layer in group.layers]
             if self.by == "value":
                 left[path], limit = clip_error(rows, weights)
                 found: float | Tensor | None = limit
@@ -111,17 +111,17 @@ def outlier_channels(values: list[Tensor], threshold: float, most: float) -> Ten
 
 def channel_error(rows: Tensor, weights: list[Tensor], apart: Tensor) -> float:
     """The squared error with those channels in float, as a share of that with all in int8."""
-    plain = rounded_error(rows, weights, torch.ones_like(rows[0]))
+    plain = rounded_error(rows, weights)
     kept = torch.ones_like(rows[0])
     kept[apart] = 0
     rest = rows * kept
-    tried = output_error_of(rest, round_rows(rest), [weight * kept for weight in weights])
+    tried = output_error_of(rest, round_rows(rest), weights, kept.mul)
     return tried / plain if plain > 0 else 1.0
 
 
 def clip_error(rows: Tensor, weights: list[Tensor]) -> tuple[float, float]:
     """The share of error that the best split by value leaves, and where it clips."""
-    plain = rounded_error(rows, weights, torch.ones_like(rows[0]))
+    plain = rounded_error(rows, weights)
     ordered = rows.abs().flatten().sort().values
     best, limit = 1.0, float(ordered[-1])
     for quantile in _QUANTILES:

@@ -11,8 +11,8 @@ from mopt.errors import InputError, LimitError, PassError
 from mopt.formats.int_blocks import IntBlocks
 from mopt.lowering import lower
 from mopt.pass_base import PassContext
-from mopt.passes.quantize._calibrated import Moments, aimed, grid_for
-from mopt.passes.quantize._gptq import output_error, round_with_feedback
+from mopt.passes.quantize._calibrated import Moments, correction, grid_for
+from mopt.passes.quantize._gptq import Inputs, output_error, round_with_feedback
 from mopt.pipeline import Pipeline
 from mopt.program import Program
 from mopt.registry import make_pass
@@ -69,9 +69,8 @@ def test_white_inputs_give_round_to_nearest_bit_for_bit(
     assert form is not None
     weight, identity = normal(8, 200), torch.eye(200)
     grid = grid_for(form, weight, identity, ranges)
-    found = round_with_feedback(
-        weight, identity, form, grid, refinements=0, by_activation=by_activation
-    )
+    inputs = Inputs.of(identity, by_activation=by_activation)
+    found = round_with_feedback(weight, inputs, form, grid, refinements=0)
     nearest = form.quantize_columns(weight, grid, form.group_of(200), 0)
     assert torch.equal(found.weight, nearest)
 
@@ -79,7 +78,7 @@ def test_white_inputs_give_round_to_nearest_bit_for_bit(
 def test_squared_feedback_equals_the_error_of_the_output() -> None:
     form, weight = IntBlocks(4, 32), normal(16, 300)
     moment = moment_of(correlated(1000, 300))
-    found = round_with_feedback(weight, moment, form, form.grid(weight), refinements=0)
+    found = round_with_feedback(weight, Inputs.of(moment), form, form.grid(weight), refinements=0)
     damped = moment.double() + 0.01 * moment.diagonal().mean() * torch.eye(300)
     assert found.error == pytest.approx(output_error(weight - found.weight, damped), rel=1e-4)
     assert found.feedback_error == pytest.approx(found.error, rel=1e-4)
@@ -90,9 +89,10 @@ def test_feedback_and_each_refinement_lower_the_error_on_correlated_inputs() -> 
     moment = moment_of(correlated(2000, 256))
     grid = form.grid(weight)
     nearest = output_error(weight - form.quantize_columns(weight, grid, 64, 0), moment)
+    inputs = Inputs.of(moment)
     errors = [
         output_error(
-            weight - round_with_feedback(weight, moment, form, grid, refinements=n).weight, moment
+            weight - round_with_feedback(weight, inputs, form, grid, refinements=n).weight, moment
         )
         for n in (0, 1, 4)
     ]
@@ -102,7 +102,8 @@ def test_feedback_and_each_refinement_lower_the_error_on_correlated_inputs() -> 
 
 def test_what_is_returned_lies_on_its_grid() -> None:
     form, weight = IntBlocks(4, 16, asymmetric=True), normal(8, 80)
-    found = round_with_feedback(weight, moment_of(correlated(99, 80)), form, form.grid(weight))
+    inputs = Inputs.of(moment_of(correlated(99, 80)))
+    found = round_with_feedback(weight, inputs, form, form.grid(weight))
     again = form.decode(form.encode(found.weight, grid=found.grid))
     assert torch.allclose(again, found.weight, rtol=1e-6, atol=0)
 
@@ -115,7 +116,7 @@ def test_dead_inputs_and_single_rows_stay_finite(refinements: int) -> None:
     row[:, 20:40] = 0
     for moment in (moment_of(row), torch.zeros(64, 64)):
         grid = grid_for(form, weight, moment, "output")
-        found = round_with_feedback(weight, moment, form, grid, refinements=refinements)
+        found = round_with_feedback(weight, Inputs.of(moment), form, grid, refinements=refinements)
         assert found.damping is not None
         assert bool(torch.isfinite(found.weight).all())
         assert torch.equal(found.weight[:, :16], weight[:, :16])
@@ -127,9 +128,10 @@ def test_damping_is_raised_and_then_given_up() -> None:
     grid = form.grid(weight)
     # Symmetric matrices that no second moment can be: the smallest eigenvalue is negative.
     slightly = torch.eye(32) + 1.04 * torch.eye(32).flip(0)
-    raised = round_with_feedback(weight, slightly, form, grid, damping=0.01)
+    raised = round_with_feedback(weight, Inputs.of(slightly, damping=0.01), form, grid)
     assert raised.damping == pytest.approx(0.1)
-    given_up = round_with_feedback(weight, torch.eye(32) + 9 * torch.eye(32).flip(0), form, grid)
+    hopeless = Inputs.of(torch.eye(32) + 9 * torch.eye(32).flip(0))
+    given_up = round_with_feedback(weight, hopeless, form, grid)
     assert given_up.damping is None
     assert torch.equal(given_up.weight, form.quantize_columns(weight, grid, 16, 0))
 
@@ -151,12 +153,13 @@ def test_aiming_at_the_original_is_the_least_squares_solution() -> None:
     x, weight = correlated(400, 48), normal(8, 48)
     y = x + 0.1 * normal(400, 48, seed=3) @ normal(48, 48, seed=4) / 7
     moments = Moments(y.t() @ y / 400, (x - y).t() @ y / 400)
-    found = aimed(weight, moments, damping=0)
+    shift = correction(moments, damping=0)
+    assert shift is not None
     best = torch.linalg.lstsq(y.double(), (x @ weight.t()).double()).solution.t()
-    assert torch.allclose(found.double(), best, rtol=1e-3, atol=1e-3)
-    assert aimed(weight, Moments(moments.second)) is weight
-    none = Moments(moments.second, torch.zeros(48, 48))
-    assert torch.allclose(aimed(weight, none), weight)
+    assert torch.allclose((weight + weight @ shift).double(), best, rtol=1e-3, atol=1e-3)
+    assert correction(Moments(moments.second)) is None
+    none = correction(Moments(moments.second, torch.zeros(48, 48)))
+    assert none is not None and float(none.abs().max()) == 0
 
 
 def test_a_layer_makes_up_for_the_rounding_of_the_layer_before_it() -> None:

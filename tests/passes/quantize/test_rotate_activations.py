@@ -8,7 +8,13 @@ from torch import Tensor
 
 from mopt.calibration import Calibration
 from mopt.errors import PassError
-from mopt.passes.quantize.rotate_activations import error_left, hadamard, rotate
+from mopt.passes.quantize.rotate_activations import (
+    Rotation,
+    deal,
+    error_left,
+    hadamard,
+    rotate,
+)
 from mopt.pipeline import Pipeline
 from mopt.registry import make_pass
 from tests import tiny
@@ -32,6 +38,13 @@ def calibrated(
                 calibration=lambda: Calibration(batches_for(made), program))  # fmt: skip
 
 
+def clustered(rows: int, seed: int = 0) -> Tensor:
+    """64 channels of which the first eight are always large, in signs that change."""
+    values = normal(rows, 64, seed=seed)
+    values[:, :8] = 30 * values[:, :8].sign() + values[:, :8]
+    return values
+
+
 CASES = [
     Case("spikes", one_linear, True, {},
          calibration=lambda: Calibration([(spiky(64),)], one_linear())),
@@ -53,7 +66,28 @@ def test_one_large_value_is_spread_over_its_block() -> None:
     turned = rotate(rows, hadamard(16).float())
     assert float(turned.abs().max()) == pytest.approx(2.0)
     assert float(turned.square().sum()) == pytest.approx(float(rows.square().sum()))
-    assert error_left(spiky(256), [normal(8, 64, seed=1)], hadamard(32).float()) < 0.3
+    assert error_left(spiky(256), [normal(8, 64, seed=1)], Rotation(hadamard(32))) < 0.3
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_every_rotation_leaves_products_as_they_are(twice: bool) -> None:
+    rows, weight = clustered(40).double(), normal(8, 64, seed=1).double()
+    order = deal(rows.abs().amax(0), 16)
+    assert order.sort().values.tolist() == list(range(64))
+    assert [sum(at < 8 for at in block) for block in order.view(4, 16).tolist()] == [2, 2, 2, 2]
+    rotation = Rotation(hadamard(16), order, twice)
+    found = rotation(rows) @ rotation(weight).t()
+    assert torch.allclose(found, rows @ weight.t(), rtol=1e-10, atol=1e-10)
+
+
+def test_channels_that_are_always_large_are_spread_over_the_blocks() -> None:
+    stats = {}
+    for kind in ("adaptive", "hadamard"):
+        step = ("rotate-activations", {"kind": kind, "block": 16})
+        stats[kind] = run_with(one_linear(), [clustered(64)], step).steps[-1].stats
+    assert set(stats["adaptive"]["kinds"].values()) < {"dealt", "dual"}
+    left = {kind: next(iter(found["error_left"].values())) for kind, found in stats.items()}
+    assert left["adaptive"] < 0.5 * left["hadamard"]
 
 
 def test_int8_loses_less_after_rotating() -> None:

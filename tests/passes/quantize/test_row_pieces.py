@@ -1,0 +1,82 @@
+"""Work in pieces of rows, and what is let go of on the way: the memory of a pass stays bounded."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+
+from mopt.calibration import Calibration
+from mopt.formats import base
+from mopt.formats.base import Encoded, find_format, row_pieces
+from mopt.layers import find_layers
+from mopt.pass_base import PassContext
+from mopt.passes.quantize import _calibrated
+from mopt.streaming import Stream
+from tests import tiny
+from tests.passes.quantize.calibrated import correlated, one_linear, run_with
+from tests.tiny import normal
+
+PASSES: dict[str, dict[str, object]] = {
+    "quantize-weights": {"group": 32, "min_size": 0},
+    "quantize-gptq": {"group": 32, "min_size": 0, "refinements": 0},
+    "quantize-dynamic": {"min_size": 0},
+    "rotate-activations": {"keep": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_pieces_of_rows_give_what_the_whole_does(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for piece in (1 << 20, 5 * 64):  # the whole weight, or five rows of it
+        monkeypatch.setattr(base, "_PIECE", piece)
+        monkeypatch.setattr(_calibrated, "_ROUNDED_TOGETHER", piece)
+        done = run_with(one_linear(), [correlated(40, 64)], (name, PASSES[name]))
+        results.append((done.weights(), done.steps[-1].stats))
+    whole, parts = results
+    assert whole[0].keys() == parts[0].keys()
+    for path, tensor in whole[0].items():
+        assert torch.equal(tensor, parts[0][path]), path
+    for key in {"weight_error", "output_error", "error_left"}.intersection(whole[1]):
+        assert parts[1][key] == pytest.approx(whole[1][key], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["int4-g32-asym", "int2-g16", "int8-channel", "int8-dynamic"])
+def test_encodings_are_cut_and_joined_by_rows(name: str) -> None:
+    form, weight = find_format(name), normal(11, 64)
+    whole = form.encode(weight)
+    pieces = [whole.rows(slice(0, 4)), whole.rows(slice(4, 11))]
+    assert [piece.shape for piece in pieces] == [(4, 64), (7, 64)]
+    decoded = torch.cat([form.decode(piece) for piece in pieces])
+    assert torch.equal(decoded, form.decode(whole))
+    joined = Encoded.join(pieces)
+    assert joined.shape == whole.shape
+    assert all(torch.equal(joined.tensors[key], whole.tensors[key]) for key in whole.tensors)
+
+
+def test_pieces_cover_every_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "_PIECE", 100)
+    for shape in [(7, 30), (1, 500), (10, 3, 3, 3), (4,), (0, 8)]:
+        rows = [row for at in row_pieces(torch.zeros(shape)) for row in range(shape[0])[at]]
+        assert rows == list(range(shape[0]))
+
+
+def test_a_stream_lets_go_of_weights_whose_calls_lie_behind() -> None:
+    program = tiny.mlp().capture()
+    first, second = (layer for layer in find_layers(program) if layer.kind == "linear")
+    calls = Calibration([program.args], program)
+    stream = Stream(program, calls, PassContext())
+    rounded = torch.zeros_like(program.weight(first.weight))
+    stream.replace_weight(first.calls, first.weight, rounded)
+    held = weakref.ref(rounded)
+    del rounded
+    stream.advance(first.calls[0])
+    assert held() is not None
+    stream.advance(second.calls[0])
+    assert held() is None
+    # The values are those that the replaced weight gave, not the program's own.
+    seen = stream.values(second.calls[0].args[0])[0]  # type: ignore[arg-type]
+    assert float((seen - seen[:1]).abs().max()) == 0
