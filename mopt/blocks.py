@@ -135,7 +135,8 @@ def _ends(path: str, nodes: Sequence[fx.Node]) -> Block | str:
 
 def _stream(last: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
     """What a value is a sum with, back to the values that come from outside."""
-    seen, waiting = set(), [last]
+    seen: set[fx.Node] = set()
+    waiting = [last]
     while waiting:
         node = waiting.pop()
         if node in seen:

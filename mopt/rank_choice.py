@@ -28,7 +28,6 @@ def pick(options: Mapping[str, Sequence[Option]], budget: float) -> dict[str, in
     the last step. What is left of the budget then buys what it still can, off the hulls too.
     """
     hulls = {name: _hull(found) for name, found in options.items()}
-    place = dict.fromkeys(options, 0)
     chosen = {name: hull[0] for name, hull in hulls.items()}
     left = budget - sum(options[name][at].cost for name, at in chosen.items())
     heap = [entry for name in options if (entry := _step(options[name], hulls[name], name, 0))]
@@ -39,7 +38,7 @@ def pick(options: Mapping[str, Sequence[Option]], budget: float) -> dict[str, in
         if after.cost - before.cost > left:
             continue
         left -= after.cost - before.cost
-        chosen[name], place[name] = hulls[name][at], at
+        chosen[name] = hulls[name][at]
         following = _step(options[name], hulls[name], name, at)
         if following:
             heapq.heappush(heap, following)

@@ -165,9 +165,9 @@ class FactorizeConvolutions(Pass):
                     options[path].append(Option(cost, lost))
         chosen = {}
         for path, at in pick(options, total * (1 - self.ratio)).items():
-            one = ranks[path][at]
-            if one is not None:
-                chosen[path] = one
+            taken = ranks[path][at]
+            if taken is not None:
+                chosen[path] = taken
             elif len(ranks[path]) == 1:
                 why = "thinner convolutions in its place are not estimated to be faster"
                 skipped.append(Skip(path, why))

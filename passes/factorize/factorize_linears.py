@@ -226,9 +226,11 @@ def _time(layer: Layer, rank: int | None, model: CostModel) -> float:
     total = 0.0
     for call in layer.calls:
         request = layer_request(call, layer.shape)
-        shapes = [layer.shape] if rank is None else [(rank, inputs), (outputs, rank)]
+        shapes: list[tuple[int, ...]] = [layer.shape]
+        if rank is not None:
+            shapes = [(rank, inputs), (outputs, rank)]
         for shape in shapes:
-            total += milliseconds(model, replace(request, shape=tuple(shape)))
+            total += milliseconds(model, replace(request, shape=shape))
     return total
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -141,7 +143,8 @@ def repair(
     even = torch.eye(w.shape[1], dtype=torch.float64, device=w.device)
     seen = even if moment is None else moment.double()
     power = output_error(w, seen) or 1.0
-    best, alone, low = None, 0.0, torch.zeros_like(w)
+    best: Repaired | None = None
+    alone, low = 0.0, torch.zeros_like(w)
     for at in range(rounds):
         target = (w - low).to(weight.dtype)
         rounded = form.decode(form.encode(target, grid=form.grid(target))).double()
@@ -170,7 +173,7 @@ def _place(
     for call in layer.calls:
         with program.graph.inserting_after(call):
             total = program.graph.call_function(_aten.add.Tensor, (call, call))
-        call.replace_all_uses_with(total, delete_user_cb=lambda user, own=total: user is not own)
+        call.replace_all_uses_with(total, delete_user_cb=partial(operator.is_not, total))
         inner = program.insert_call(_aten.linear.default, (call.args[0], readers[0]), like=total)
         outer = program.insert_call(_aten.linear.default, (inner, readers[1]), like=total)
         total.args = (call, outer)
