@@ -44,7 +44,7 @@ RESULTS = Path(__file__).parent / "results"
 SECONDS = 60.0
 HF = (
     "bert", "distilbert", "gpt2", "llama", "qwen2", "mixtral", "qwen2-moe", "t5", "bart", "whisper",
-    "vit", "clip", "swin", "convnext",
+    "vit", "clip",
 )  # fmt: skip
 
 
@@ -96,10 +96,6 @@ def _transformer(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
                            "num_attention_heads": 8},
         )  # fmt: skip
         return hf.CLIPModel(clip).eval(), (tokens, torch.zeros(1, 3, 64, 64))
-    if name in ("swin", "convnext"):
-        image = {"swin": lambda: hf.SwinConfig(embed_dim=24, image_size=64, window_size=4),
-                 "convnext": lambda: hf.ConvNextConfig(hidden_sizes=[24, 48, 96, 192])}  # fmt: skip
-        return hf.AutoModel.from_config(image[name]()).eval(), (torch.zeros(1, 3, 64, 64),)
     if name == "bart":
         bart = hf.BartConfig(
             d_model=96, encoder_ffn_dim=192, decoder_ffn_dim=192, vocab_size=512, use_cache=False
