@@ -73,11 +73,13 @@ class Tracker:
 
     ``labels`` holds what is known of every node: its labels, or a list of them for a call with
     several results. ``weights`` holds the atoms along single axes of stored tensors, by tensor and
-    axis; ``rewrites`` what must be changed in arguments once it is known what is kept.
+    axis; ``rewrites`` what must be changed in arguments once it is known what is kept. With
+    ``through_norms`` the widths that norms run over may shrink too.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, *, through_norms: bool = False) -> None:
         self.program = program
+        self.through_norms = through_norms
         self.labels: dict[fx.Node, Labels | list[Labels]] = {}
         self.weights: dict[tuple[Any, int], Array] = {}
         self.readers: dict[Any, list[fx.Node]] = {}

@@ -10,11 +10,13 @@ import torch
 from torch import fx
 
 from mopt.axes import Array, Factor, Keep, Labels, Tracker, find
+from mopt.axis_recurrent import lstm
 from mopt.axis_shapes import SHAPE_RULES, Result, Rule, axis_of, item, set_argument
+from mopt.axis_widths import is_mean_square, mean_over_width, norm_over_width
 from mopt.effects import argument
 from mopt.layers import CONVOLUTIONS
 
-_RULES: dict[str, Rule] = dict(SHAPE_RULES)
+_RULES: dict[str, Rule] = {**SHAPE_RULES, "lstm": lstm}
 
 _ELEMENTWISE = {
     "add", "sub", "mul", "div", "where", "masked_fill", "maximum", "minimum", "pow", "relu",
@@ -224,6 +226,8 @@ def _group_norm(t: Tracker, node: fx.Node, why: str) -> Result:
 def _layer_norm(t: Tracker, node: fx.Node, why: str) -> Result:
     why = f"{why}: its statistics are over this width"
     labels, rank = t.of(node.args[0]), len(t.shape(node.args[0]))
+    if t.through_norms and len(argument(node, "normalized_shape")) == 1:
+        return norm_over_width(t, node, why)
     for axis in range(rank - len(argument(node, "normalized_shape")), rank):
         labels = t.fix(labels, axis, why)
     for one in node.args[2:]:
@@ -350,6 +354,8 @@ def _along(t: Tracker, node: fx.Node, why: str) -> Result:
 def _reduce(t: Tracker, node: fx.Node, why: str) -> Result:
     if len(node.all_input_nodes) > 1:
         return _unknown(t, node, why)
+    if t.through_norms and is_mean_square(node):
+        return mean_over_width(t, node, why)
     labels, rank = t.of(node.args[0]), len(t.shape(node.args[0]))
     dims = argument(node, "dim")
     dims = [dims] if isinstance(dims, int) else dims

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from mopt.axes import Array, Factor, Keep, Mask, Tracker, tensor_key
+from mopt.axis_recurrent import LSTM
 from mopt.axis_rules import apply_rule
 from mopt.flops import node_flops
 from mopt.layers import CONVOLUTIONS, LINEAR
@@ -51,7 +52,7 @@ class Group:
 
     ``width`` is how many places a unit has where it is written: 1 for channels and neurons, the
     head width for heads; as many times that as one layer writes of the unit (three in a fused q, k,
-    v). ``kind`` is channels, neurons or heads.
+    v). ``kind`` is channels, neurons, heads, hidden units or stream channels.
     """
 
     path: str
@@ -92,6 +93,9 @@ class Coupling:
             flops = node_flops(node)
             if not flops:
                 continue
+            if node.target in LSTM:
+                found += self._recurrent_work(node, flops)
+                continue
             if node.target in (*LINEAR, *CONVOLUTIONS) and _is_stored(node.args[1]):
                 axes = [factor.atoms for factor in _stored(t, node.args[1])]
             else:
@@ -99,6 +103,20 @@ class Coupling:
                 axes = [factor.atoms for factor in labels if isinstance(factor, Factor)]
             found.append((flops, [self.unit_of[atoms] for atoms in axes]))
         return found
+
+    def _recurrent_work(self, node: fx.Node, flops: int) -> list[tuple[int, list[Array]]]:
+        """FLOPs of each of the matrices of a recurrent call."""
+        t = self.tracker
+        matrices = [one for one in node.all_input_nodes
+                    if _is_stored(one) and t.program.weight(one).dim() == 2]  # fmt: skip
+        total = sum(t.program.weight(one).numel() for one in matrices)
+        return [
+            (
+                flops // total * t.program.weight(one).numel(),
+                [self.unit_of[factor.atoms] for factor in _stored(t, one)],
+            )
+            for one in matrices
+        ]
 
     @cached_property
     def sizes(self) -> list[tuple[int, list[Array]]]:
@@ -152,9 +170,12 @@ def _stored(t: Tracker, reader: fx.Node) -> list[Factor]:
     ]
 
 
-def find_coupling(program: Program) -> Coupling:
-    """Analyse a program; nothing is edited."""
-    t = Tracker(program)
+def find_coupling(program: Program, *, through_norms: bool = False) -> Coupling:
+    """Analyse a program; nothing is edited.
+
+    With ``through_norms`` the width of residual streams may shrink too: see mopt.axis_widths.
+    """
+    t = Tracker(program, through_norms=through_norms)
     for node in program.graph.nodes:
         if node.op == "output":
             for source in node.all_input_nodes:
@@ -254,6 +275,8 @@ def _members(t: Tracker, unit_of: Array) -> list[Member]:
 
 
 def _role(node: fx.Node, weight: fx.Node, axis: int) -> str:
+    if node.target in LSTM and len(weight.meta["val"].shape) == 2:
+        return "in" if axis else "out"
     if node.target not in (*LINEAR, *CONVOLUTIONS) or node.args[1] is not weight:
         return "vector"
     transposed = "transpose" in str(node.target)
@@ -278,6 +301,10 @@ def _groups(members: list[Member]) -> list[Group]:
         writer = writers[0]
         kind = "channels" if writer.call.target in CONVOLUTIONS else "neurons"
         kind = "heads" if width > 1 and kind == "neurons" else kind
+        if writer.call.target in LSTM:  # four gates write each unit
+            kind, width = "hidden units", 1
+        elif any("norm" in str(m.call.target) and kind == "neurons" for m in own):
+            kind = "stream channels"
         path = module_path(writer.call) or writer.call.name
         groups.append(Group(path, kind, np.array(sorted(units), dtype=np.int64), width, own))
     return groups

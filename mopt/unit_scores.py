@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from mopt.coupling import Coupling, Group, Member
-from mopt.layers import LINEAR
+from mopt.layers import CONVOLUTIONS, LINEAR
 from mopt.moments import ChannelMoments
 from mopt.pass_base import PassContext
 from mopt.program import Program
@@ -45,7 +45,7 @@ def collect_moments(program: Program, found: Coupling, ctx: PassContext) -> Mome
     assert ctx.calibration is not None
     observers: Moments = {}
     for group in found.groups:
-        for member in group.of_role("in"):
+        for member in _read_by_layers(group) or ():
             source = member.call.args[0]
             assert isinstance(source, fx.Node)
             axis = -1 if member.call.target in LINEAR else 1
@@ -61,12 +61,18 @@ def output_scores(
 
     With ``reconstruct``, what is lost if the readers' other weights then make up for it as well as
     they can (the optimal brain surgeon's score, with the inputs' second moment for the Hessian);
-    without, the power of the unit's own contribution (Wanda's score, summed over a unit).
+    without, the power of the unit's own contribution (Wanda's score, summed over a unit). Units
+    that recurrent layers read, inside of which no value is seen, are judged by magnitude.
     """
     scores = np.zeros(found.unit_count)
     inverses: dict[fx.Node, Tensor] = {}
     for group in found.groups:
-        for member in group.of_role("in"):
+        layers = _read_by_layers(group)
+        if layers is None:
+            own = magnitude_scores(program, found)[group.units]
+            scores[group.units] = own / max(float(own.sum()), 1e-300)
+            continue
+        for member in layers:
             source = member.call.args[0]
             assert isinstance(source, fx.Node)
             second = moments[source].second
@@ -87,6 +93,13 @@ def output_scores(
                 lost = _block_scores(member, group, gram, second, invert=False)
             scores[group.units] += lost / power
     return scores
+
+
+def _read_by_layers(group: Group) -> list[Member] | None:
+    """The members that read a group's units; None if some are no linear layer or convolution."""
+    found = group.of_role("in")
+    plain = all(member.call.target in (*LINEAR, *CONVOLUTIONS) for member in found)
+    return found if plain else None
 
 
 def _per_place(second: Tensor, places: int) -> Tensor:

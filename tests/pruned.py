@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import fx
 
 from mopt.axes import Mask
 from mopt.coupling import Coupling, find_coupling, shrink
@@ -16,13 +17,17 @@ def zeroed(program: Program, found: Coupling, removed: Mask) -> Program:
     copy = program.copy()
     calls = {node.name: node for node in copy.graph.nodes}
     gone = np.append(removed, False)
+    now: dict[tuple[str, str], fx.Node] = {}  # what a call reads in place of a weight
     for group in found.groups:
         for member in group.of_role("in"):
             places = np.flatnonzero(gone[member.units])
             call = calls[member.call.name]
-            weight = copy.weight(call.args[1]).clone()
+            key = call.name, member.weight.name
+            reader = now.get(key, calls[member.weight.name])
+            weight = copy.weight(reader).clone()
             weight.index_fill_(member.axis, torch.from_numpy(places), 0)
-            call.update_arg(1, copy.add_weight(f"{call.args[1].target}_zeroed", weight, call))
+            now[key] = copy.add_weight(f"{reader.target}_zeroed", weight, call)
+            call.replace_input_with(reader, now[key])
     copy.refresh()
     return copy
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mopt.axes import Mask
 from mopt.coupling import Coupling, find_coupling, shrink
 from mopt.program import Program
 from tests import tiny
-from tests.case import Sample, Snapshot
+from tests.case import Sample, Snapshot, assert_near, outputs
 from tests.pruned import check_pruned, some_removed
 from tests.strategies import samples
 from tests.tiny import Apply, normal, sample
@@ -171,6 +173,23 @@ def shared_layer() -> Sample:
     )  # fmt: skip
 
 
+def recurrent(**options: Any) -> Sample:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(6, 12, batch_first=True, **options)
+            self.out = nn.Linear(24 if options.get("bidirectional") else 12, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.lstm(x)[0])
+
+    return sample(Tagger(), normal(2, 5, 6))
+
+
+def recurrent_both_ways() -> Sample:
+    return recurrent(num_layers=2, bidirectional=True)
+
+
 # Kind, units and width of each group.
 EXPECTED = {
     tiny.mlp: {"0": ("neurons", 32, 1)},
@@ -187,6 +206,7 @@ EXPECTED = {
     squeezed_and_excited: {"first": ("channels", 16, 1), "shrink": ("channels", 4, 1)},
     fused_qkv: {"qkv": ("heads", 4, 24)},
     written_out_attention: {"q": ("heads", 4, 8)},
+    recurrent_both_ways: {"lstm": ("hidden units", 12, 1)},
     shared_layer: {"up": ("neurons", 16, 1)},
 }
 
@@ -225,6 +245,72 @@ def test_grouped_queries_go_with_their_keys_and_the_tied_head_stays() -> None:
     assert {tuple(w.shape) for name, w in result.weights().items() if name == "head.weight"} == {
         (64, 32)
     }
+
+
+def silenced(program: Program, found: Coupling, removed: Mask) -> Program:
+    """A copy in which nothing writes the removed units."""
+    copy, now = program.copy(), {}
+    calls = {node.name: node for node in copy.graph.nodes}
+    gone = np.append(removed, False)
+    for group in found.groups:
+        for member in group.members:
+            if member.role == "in":
+                continue
+            call, key = calls[member.call.name], (member.call.name, member.weight.name)
+            reader = now.get(key, calls[member.weight.name])
+            weight = copy.weight(reader).clone()
+            places = torch.from_numpy(np.flatnonzero(gone[member.units]))
+            now[key] = copy.add_weight("silent", weight.index_fill_(member.axis, places, 0), call)
+            call.replace_input_with(reader, now[key])
+    copy.refresh()
+    return copy
+
+
+def rms_stream(*, written_out: bool) -> Sample:
+    def norm(m: Apply, x: Tensor) -> Tensor:
+        if written_out:
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 0.1) * m.norm.weight
+        return m.norm(x)
+
+    def forward(m: Apply, ids: Tensor) -> Tensor:
+        x = m.table(ids)
+        x = x + m.down(torch.relu(m.up(norm(m, x))))
+        return m.out(norm(m, x))
+
+    parts = {"table": nn.Embedding(11, 16), "up": nn.Linear(16, 24), "down": nn.Linear(24, 16),
+             "norm": nn.RMSNorm(16, eps=0.1), "out": nn.Linear(16, 5)}  # fmt: skip
+    return sample(Apply(forward, **parts), torch.arange(8).reshape(2, 4))
+
+
+@pytest.mark.parametrize("written_out", [False, True])
+def test_the_residual_width_shrinks_through_rms_norms_as_if_it_were_silent(
+    written_out: bool,
+) -> None:
+    program = rms_stream(written_out=written_out).capture()
+    assert [g.kind for g in find_coupling(program).groups] == ["neurons"]
+    found = find_coupling(program, through_norms=True)
+    assert sorted(len(group.units) for group in found.groups) == [16, 24]
+    removed = some_removed(found, 0.3)
+    reference = silenced(program, found, removed)
+    expected = outputs(reference, program.args, {})
+    result = program.copy()
+    found = find_coupling(result, through_norms=True)
+    shrink(result, found, removed)
+    result.verify()
+    assert {t.shape[1] for n, t in result.weights().items() if "table" in n} == {12}
+    assert_near(expected, outputs(result, program.args, {}), tolerance=2e-5, what="stream")
+
+
+def test_the_residual_width_of_layer_norms_and_images_shrinks_too() -> None:
+    layers = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4))
+    program = sample(layers, normal(3, 8)).capture()
+    found = find_coupling(program, through_norms=True)
+    (group,) = found.groups
+    assert group.kind == "stream channels"
+    removed = some_removed(found, 0.25)
+    shrink(program, found, removed)
+    program.verify()
+    assert outputs(program, program.args, {})[0].shape == (3, 4)
 
 
 def test_slices_of_one_layer_shrink_apart() -> None:

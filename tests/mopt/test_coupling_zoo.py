@@ -14,8 +14,6 @@ from tests.pruned import some_removed
 
 # The same layers as other models, at sizes that take long to build.
 LARGE = ("bert-base", "gpt-12x768")
-# A recurrent layer is one operator without a rule: it stays whole.
-WHOLE = ("lstm",)
 # Captured with dynamic sizes, which take seconds, and run at two of them.
 TWO_SIZES = ("digits-cnn", "mobilenet-v2", "pydoc-gpt", "unet2d")
 
@@ -26,9 +24,6 @@ def test_a_quarter_of_every_group_goes(name: str) -> None:
     shapes = zoo.dynamic_shapes() if name in TWO_SIZES and zoo.dynamic_shapes else None
     result = capture(zoo.build(), zoo.example_inputs(), shapes)
     found = find_coupling(result)
-    if name in WHOLE:
-        assert found.groups == [] and found.skips
-        return
     assert found.groups
     removed = some_removed(found, 0.25)
     predicted, whole = found.flops(removed), found.flops(np.zeros_like(removed))

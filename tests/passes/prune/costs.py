@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from mopt.cost import Cost, LayerRequest
+from mopt.cost import Cost, LayerRequest, Work
 
 
 class BlockModel:
@@ -26,3 +26,9 @@ class BlockModel:
     ) -> Cost:  # fmt: skip
         outputs, inputs = (-(-size // self.block) * self.block for size in shape[:2])
         return Cost(outputs * inputs * math.prod(shape[2:]) * rows / 1e6)
+
+    def cost(self, work: Work) -> Cost:
+        """Recurrent layers, the only ones that are asked about as work."""
+        steps, batch, inputs, hidden, directions = work.shape
+        units = -(-hidden // self.block) * self.block
+        return Cost(4 * units * (inputs + units) * directions * steps * batch / 1e6)
