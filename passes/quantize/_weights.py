@@ -19,7 +19,7 @@ from mopt.layers import Layer, find_layers
 from mopt.pass_base import Pass, PassContext, PassResult, Skip
 from mopt.program import Program
 
-_SHAPE, _FORM = "shape of the weight", "format of the weight"
+_SHAPE, _FORM, _ORDER = "shape of the weight", "format of the weight", "order of the tensors"
 
 
 def encode_layers(
@@ -98,11 +98,13 @@ def encode_once(
 
     def tensors() -> tuple[Mapping[str, Tensor], Any]:
         encoded, said = make()
-        return encoded.tensors, {**said, _SHAPE: list(encoded.shape), _FORM: encoded.format}
+        facts = {_SHAPE: list(encoded.shape), _FORM: encoded.format, _ORDER: list(encoded.tensors)}
+        return encoded.tensors, {**said, **facts}
 
     found, said = ctx.cache.remember_tensors("encoded", key, tensors)
-    shape, name = said.pop(_SHAPE), said.pop(_FORM)
-    return Encoded(name, tuple(shape), found), said
+    shape, name, order = (said.pop(fact) for fact in (_SHAPE, _FORM, _ORDER))
+    # In the order they were made in: the graph lists them so.
+    return Encoded(name, tuple(shape), {part: found[part] for part in order}), said
 
 
 @cache
