@@ -316,8 +316,8 @@ class _Maker:
         if seconds < settings.measure_seconds:
             shorter = f"for {seconds:.0f} s" if seconds >= 1 else "not at all"
             self.allowance.say(f"the result was timed {shorter}, to end in time")
-        if seconds < 1:
-            return None
+            if seconds < 1:
+                return None
         progress.stage("Measuring")
         beside = settings.eager_beside and _fits_eager(self.program)
         eager: Artifact | Side | None = self._eager
