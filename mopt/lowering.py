@@ -161,7 +161,7 @@ def lower(program: Program, backend: str = "onnx", *, target: str = "host") -> A
     Raises LoweringError listing everything the backend cannot express, or naming a layer whose
     scales are not finite, before anything is written.
     """
-    from mopt.formats.base import broken_scales
+    from mopt.formats.base import require_finite_scales
     from mopt.program_signature import signature_of
 
     chosen = find_backend(backend)
@@ -174,15 +174,8 @@ def lower(program: Program, backend: str = "onnx", *, target: str = "host") -> A
             code="cannot-lower",
             hint="try --backend eager, or leave these layers out of the recipe with skip=...",
         )
-    broken = [skip for part in program.parts().values() for skip in broken_scales(part)]
-    if broken:
-        raise LoweringError(
-            f"{broken[0].site}: {broken[0].reason}"
-            + (f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""),
-            code="non-finite-scale",
-            site=broken[0].site,
-            hint="nothing was written; leave the layer out of the recipe with skip=...",
-        )
+    for part in program.parts().values():
+        require_finite_scales(part)
     folder, remove = scratch_folder("mopt-artifact")
     artifact = Artifact(folder, {}, program=program)
     artifact._cleanup = weakref.finalize(artifact, remove)
@@ -231,10 +224,8 @@ def load(
     folder that is incomplete, altered or hostile.
     """
     manifest = read_manifest(folder)
-    return open_artifact(
-        Path(folder), manifest, module=module, threads=threads, resident=resident, device=device,
-        trust=trust,
-    )  # fmt: skip
+    how: dict[str, Any] = {"threads": threads, "resident": resident, "device": device}
+    return open_artifact(Path(folder), manifest, module=module, trust=trust, **how)
 
 
 def read_manifest(folder: str | Path, *, check_hashes: bool = True) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 import mopt.ops  # noqa: F401 - registers the operators that formats place
-from mopt.errors import InputError, unknown_name
+from mopt.errors import InputError, LoweringError, unknown_name
 from mopt.formats.grid import Grid
 from mopt.layers import Layer
 from mopt.pass_base import Skip
@@ -286,6 +286,19 @@ def broken_scales(program: Program) -> list[Skip]:
                     reason = f"its {given.name} hold NaN or infinity"
                     found.append(Skip(site_of(node), reason))
     return found
+
+
+def require_finite_scales(program: Program) -> None:
+    """Raise LoweringError ``non-finite-scale`` for the first call of :func:`broken_scales`."""
+    broken = broken_scales(program)
+    if broken:
+        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        raise LoweringError(
+            f"{broken[0].site}: {broken[0].reason}{more}",
+            code="non-finite-scale",
+            site=broken[0].site,
+            hint="nothing was written; leave the layer out of the recipe with skip=...",
+        )
 
 
 def argument(call: fx.Node, position: int, name: str) -> Any:
