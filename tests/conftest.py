@@ -36,3 +36,5 @@ def update_golden(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+    # Libraries that PyTorch compiles with -ffast-math turn subnormals off for the whole process.
+    torch.set_flush_denormal(False)

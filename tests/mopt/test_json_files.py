@@ -18,8 +18,7 @@ from mopt.limits import DEFAULT_LIMITS
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(max_size=8)
-    # A library built with -ffast-math, loaded by another test, turns subnormals off for good.
-    | st.floats(allow_nan=False, allow_infinity=False, allow_subnormal=False),
+    | st.floats(allow_nan=False, allow_infinity=False),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=20,
 )  # fmt: skip
