@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from mopt.program import Program
 
 
+# What a pass says whose requirement is data; after "method ..." or alone.
+NEEDS_DATA = "needs calibration data; pass calibration=[inputs, ...] (or --calib)"
+
+
 class Numerics(Enum):
     """What a pass does to the numbers a program computes."""
 

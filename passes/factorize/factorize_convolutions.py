@@ -16,8 +16,18 @@ from mopt.effects import argument
 from mopt.errors import UsageError
 from mopt.flops import shape_of
 from mopt.layer_request import layer_request, milliseconds, preferred_multiple
-from mopt.layers import Layer, find_layers, is_returned
-from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
+from mopt.layers import Layer, find_layers
+from mopt.pass_base import (
+    NEEDS_DATA,
+    Numerics,
+    Pass,
+    PassContext,
+    PassResult,
+    Skip,
+    option,
+    register_pass,
+)
+from mopt.passes.factorize._layers import count_readers, whole_reason
 from mopt.passes.factorize._moments import input_moments, layer_input
 from mopt.program import Program
 from mopt.rank_choice import Option, pick
@@ -69,10 +79,7 @@ class FactorizeConvolutions(Pass):
 
     def requires(self, program: Program, ctx: PassContext) -> str | None:
         if self.method == "whitened" and ctx.calibration is None:
-            return (
-                "method 'whitened' needs calibration data; pass calibration=[inputs, ...] "
-                "(or --calib), or use method=plain"
-            )
+            return f"method {self.method!r} {NEEDS_DATA}, or use method=plain"
         return None
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
@@ -118,6 +125,7 @@ class FactorizeConvolutions(Pass):
     def _layers(self, program: Program, step: int) -> tuple[dict[str, Layer], list[Skip]]:
         layers: dict[str, Layer] = {}
         skipped: list[Skip] = []
+        readers = count_readers(program)
         for layer in find_layers(program):
             if layer.kind != "convolution" or not self.selects(layer.path):
                 continue
@@ -132,10 +140,7 @@ class FactorizeConvolutions(Pass):
                 reason = "its weight is not float32"
             elif min(layer.shape[:2]) <= step:
                 reason = f"{min(layer.shape[:2])} channels have no smaller multiple of {step}"
-            elif any(is_returned(call) for call in layer.calls):
-                reason = "it is the model's head, whose errors nothing smooths"
-            elif len(layer.weight.users) > len(layer.calls):
-                reason = "its weight is used elsewhere too, which would keep it whole"
+            reason = reason or whole_reason(layer, readers)
             if reason:
                 skipped.append(Skip(layer.path, reason))
             else:

@@ -14,9 +14,19 @@ from mopt.device import find_device
 from mopt.errors import UsageError
 from mopt.formats.low_rank import place_factors
 from mopt.layer_request import layer_request, milliseconds
-from mopt.layers import Layer, find_layers, is_returned
+from mopt.layers import Layer, find_layers
 from mopt.low_rank import Decomposition, allocate, break_even, decompose, uniform_rank
-from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
+from mopt.pass_base import (
+    NEEDS_DATA,
+    Numerics,
+    Pass,
+    PassContext,
+    PassResult,
+    Skip,
+    option,
+    register_pass,
+)
+from mopt.passes.factorize._layers import count_readers, whole_reason
 from mopt.passes.factorize._moments import input_moments
 from mopt.program import Program
 from mopt.rank_choice import Option, pick
@@ -71,10 +81,7 @@ class FactorizeLinears(Pass):
 
     def requires(self, program: Program, ctx: PassContext) -> str | None:
         if self.method != "plain" and ctx.calibration is None:
-            return (
-                f"method {self.method!r} needs calibration data; pass calibration=[inputs, ...] "
-                "(or --calib), or use method=plain"
-            )
+            return f"method {self.method!r} {NEEDS_DATA}, or use method=plain"
         return None
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
@@ -127,24 +134,17 @@ class FactorizeLinears(Pass):
     def _layers(self, program: Program) -> tuple[dict[str, Layer], list[Skip]]:
         layers: dict[str, Layer] = {}
         skipped: list[Skip] = []
-        readers: dict[str, int] = {}
-        for node in program.graph.nodes:
-            if node.op == "get_attr":
-                readers[str(node.target)] = readers.get(str(node.target), 0) + len(node.users)
+        readers = count_readers(program)
         for layer in find_layers(program):
             if layer.kind != "linear" or not self.selects(layer.path):
                 continue
-            reason = None
+            reason = whole_reason(layer, readers)
             if layer.shape[0] * layer.shape[1] < self.min_size:
                 reason = f"it has fewer than min_size {self.min_size} weights"
-            elif readers[str(layer.weight.target)] > len(layer.calls):
-                reason = "its weight is used elsewhere too, which would keep it whole"
             elif program.weight(layer.weight).dtype not in (torch.float32, torch.float64):
                 reason = "its weight is not float32"
             elif break_even(layer.shape) < self.multiple:
                 reason = f"a rank of {self.multiple} holds no fewer parameters than the matrix"
-            elif any(is_returned(call) for call in layer.calls):
-                reason = "it is the model's head, whose errors nothing smooths"
             if reason:
                 skipped.append(Skip(layer.path, reason))
             else:

@@ -14,9 +14,19 @@ from torch import Tensor
 
 from mopt.formats.base import require_finite
 from mopt.formats.int_blocks import IntBlocks
-from mopt.layers import Layer, find_layers, is_returned
+from mopt.layers import Layer, find_layers
 from mopt.low_rank import decompose
-from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
+from mopt.pass_base import (
+    NEEDS_DATA,
+    Numerics,
+    Pass,
+    PassContext,
+    PassResult,
+    Skip,
+    option,
+    register_pass,
+)
+from mopt.passes.factorize._layers import count_readers, whole_reason
 from mopt.passes.factorize._moments import input_moments
 from mopt.program import Program
 from mopt.second_order import output_error
@@ -74,10 +84,7 @@ class RepairRounding(Pass):
 
     def requires(self, program: Program, ctx: PassContext) -> str | None:
         if self.method == "whitened" and ctx.calibration is None:
-            return (
-                "method 'whitened' needs calibration data; pass calibration=[inputs, ...] "
-                "(or --calib), or use method=plain"
-            )
+            return f"method {self.method!r} {NEEDS_DATA}, or use method=plain"
         if self.rank % _RANKS:
             return f"rank {self.rank} is not a multiple of {_RANKS}"
         return None
@@ -109,21 +116,18 @@ class RepairRounding(Pass):
         self, program: Program, form: IntBlocks, thin: IntBlocks
     ) -> tuple[list[Layer], list[Skip]]:
         layers, skipped = [], []
+        readers = count_readers(program)
         for layer in find_layers(program):
             if layer.kind != "linear" or not self.selects(layer.path):
                 continue
             weight = program.weight(layer.weight)
-            reason = form.check(layer, weight)
             inputs = replace(layer, shape=(self.rank, layer.shape[1]))
-            reason = reason or thin.check(inputs, weight)
+            reason = whole_reason(layer, readers)
+            reason = reason or form.check(layer, weight) or thin.check(inputs, weight)
             if prod(layer.shape) < self.min_size:
                 reason = f"{prod(layer.shape)} weights are fewer than min_size {self.min_size}"
             elif 2 * self.rank > min(layer.shape):
                 reason = f"a rank of {self.rank} is most of its {min(layer.shape)} directions"
-            elif any(is_returned(call) for call in layer.calls):
-                reason = "it is the model's head, whose errors nothing smooths"
-            elif len(layer.weight.users) > len(layer.calls):
-                reason = "its weight is used elsewhere too, which would keep it whole"
             if reason:
                 skipped.append(Skip(layer.path, reason))
             else:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
+from mopt.pass_base import (
+    NEEDS_DATA,
+    Numerics,
+    Pass,
+    PassContext,
+    PassResult,
+    Skip,
+    option,
+    register_pass,
+)
 from mopt.passes.prune._distill import Distillation
 from mopt.passes.prune._moments import restore_moments
 from mopt.program import Program
@@ -36,7 +45,7 @@ class EstimateBatchNorm(Pass):
 
     def requires(self, program: Program, ctx: PassContext) -> str | None:
         if ctx.calibration is None:
-            return "needs calibration data; pass calibration=[inputs, ...] (or --calib)"
+            return NEEDS_DATA
         return None
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:

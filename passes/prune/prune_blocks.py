@@ -11,7 +11,16 @@ from torch.nn import functional as F
 
 from mopt.blocks import Block, bypass, find_blocks, find_sublayers
 from mopt.errors import UsageError
-from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
+from mopt.pass_base import (
+    NEEDS_DATA,
+    Numerics,
+    Pass,
+    PassContext,
+    PassResult,
+    Skip,
+    option,
+    register_pass,
+)
 from mopt.passes.prune._distill import distance
 from mopt.program import Program
 from mopt.trainable import Trainable
@@ -58,7 +67,7 @@ class PruneBlocks(Pass):
 
     def requires(self, program: Program, ctx: PassContext) -> str | None:
         if ctx.calibration is None:
-            return "needs calibration data; pass calibration=[inputs, ...] (or --calib)"
+            return NEEDS_DATA
         return None
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:

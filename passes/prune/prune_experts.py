@@ -10,7 +10,16 @@ from torch import Tensor, fx
 
 from mopt.errors import UsageError
 from mopt.mixtures import Mixture, find_mixtures, remove_experts
-from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
+from mopt.pass_base import (
+    NEEDS_DATA,
+    Numerics,
+    Pass,
+    PassContext,
+    PassResult,
+    Skip,
+    option,
+    register_pass,
+)
 from mopt.program import Program
 
 
@@ -47,7 +56,7 @@ class PruneExperts(Pass):
 
     def requires(self, program: Program, ctx: PassContext) -> str | None:
         if ctx.calibration is None:
-            return "needs calibration data; pass calibration=[inputs, ...] (or --calib)"
+            return NEEDS_DATA
         return None
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:

@@ -12,7 +12,15 @@ from mopt.cost import cost_model
 from mopt.coupling import find_coupling
 from mopt.device import find_device
 from mopt.errors import UsageError
-from mopt.pass_base import Numerics, PassContext, PassResult, Skip, option, register_pass
+from mopt.pass_base import (
+    NEEDS_DATA,
+    Numerics,
+    PassContext,
+    PassResult,
+    Skip,
+    option,
+    register_pass,
+)
 from mopt.passes.prune._channels import ChannelPass
 from mopt.passes.prune._distill import Distillation
 from mopt.passes.prune._moments import restore_moments
@@ -59,7 +67,7 @@ class PruneProgressively(ChannelPass):
 
     def requires(self, program: Program, ctx: PassContext) -> str | None:
         if ctx.calibration is None:
-            return "needs calibration data; pass calibration=[inputs, ...] (or --calib)"
+            return NEEDS_DATA
         return None
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:

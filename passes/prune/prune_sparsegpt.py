@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mopt.pass_base import Numerics, PassContext, PassResult, option, register_pass
+from mopt.pass_base import NEEDS_DATA, Numerics, PassContext, PassResult, option, register_pass
 from mopt.passes.prune._compensate import prune_compensated
 from mopt.passes.prune._sparse import SparsePass, sparse_layers, sparsify_layers
 from mopt.program import Program
@@ -38,7 +38,7 @@ class PruneSparsegpt(SparsePass):
 
     def requires(self, program: Program, ctx: PassContext) -> str | None:
         if ctx.calibration is None:
-            return "needs calibration data; pass calibration=[inputs, ...] (or --calib)"
+            return NEEDS_DATA
         return None
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:

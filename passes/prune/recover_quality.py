@@ -8,7 +8,16 @@ from typing import Any
 
 import torch
 
-from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
+from mopt.pass_base import (
+    NEEDS_DATA,
+    Numerics,
+    Pass,
+    PassContext,
+    PassResult,
+    Skip,
+    option,
+    register_pass,
+)
 from mopt.passes.prune._distill import (
     Adapter,
     Distillation,
@@ -51,7 +60,7 @@ class RecoverQuality(Pass):
 
     def requires(self, program: Program, ctx: PassContext) -> str | None:
         if ctx.calibration is None:
-            return "needs calibration data; pass calibration=[inputs, ...] (or --calib)"
+            return NEEDS_DATA
         return None
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:

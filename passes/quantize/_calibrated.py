@@ -22,8 +22,6 @@ from mopt.streaming import Stream
 # Values that are rounded together: columns go one by one, for all rows of a piece at once.
 _ROUNDED_TOGETHER = 1 << 20
 
-NEEDS_DATA = "needs calibration data; pass calibration=[inputs, ...] (or --calib)"
-
 
 @dataclass(frozen=True)
 class Group:

@@ -17,9 +17,9 @@ from mopt.errors import InputError
 from mopt.formats import Encoded, Grid, GridFormat
 from mopt.formats.int_blocks import IntBlocks
 from mopt.layers import Layer
-from mopt.pass_base import Pass, PassContext, PassResult, Skip, option
+from mopt.pass_base import NEEDS_DATA, Pass, PassContext, PassResult, Skip, option
 from mopt.passes.quantize._blocks import Block, find_blocks, input_moments, run_block
-from mopt.passes.quantize._calibrated import NEEDS_DATA, choose_formats, grid_for
+from mopt.passes.quantize._calibrated import choose_formats, grid_for
 from mopt.passes.quantize._gptq import Inputs, round_with_feedback
 from mopt.passes.quantize._weights import is_small, kernel_notice, relative_error
 from mopt.program import Program

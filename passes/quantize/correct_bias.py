@@ -9,8 +9,16 @@ import torch
 from torch import Tensor, fx
 
 from mopt.layers import LINEAR
-from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
-from mopt.passes.quantize._calibrated import NEEDS_DATA
+from mopt.pass_base import (
+    NEEDS_DATA,
+    Numerics,
+    Pass,
+    PassContext,
+    PassResult,
+    Skip,
+    option,
+    register_pass,
+)
 from mopt.program import Program, module_path
 from mopt.streaming import Stream
 

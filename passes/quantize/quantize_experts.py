@@ -11,8 +11,17 @@ from torch import Tensor
 from mopt.formats import Encoded
 from mopt.formats.base import require_finite
 from mopt.formats.int_blocks import IntBlocks, padding_reason
-from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
-from mopt.passes.quantize._calibrated import NEEDS_DATA, grid_for
+from mopt.pass_base import (
+    NEEDS_DATA,
+    Numerics,
+    Pass,
+    PassContext,
+    PassResult,
+    Skip,
+    option,
+    register_pass,
+)
+from mopt.passes.quantize._calibrated import grid_for
 from mopt.passes.quantize._experts import ExpertInputs, Experts, find_experts
 from mopt.passes.quantize._gptq import Inputs, output_error, round_with_feedback
 from mopt.passes.quantize._weights import relative_error

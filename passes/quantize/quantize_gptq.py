@@ -11,8 +11,16 @@ from torch import Tensor
 from mopt.formats import Encoded, GridFormat
 from mopt.formats.int_blocks import IntBlocks
 from mopt.layers import Layer
-from mopt.pass_base import Numerics, Pass, PassContext, PassResult, option, register_pass
-from mopt.passes.quantize._calibrated import NEEDS_DATA, encode_on_data, grid_for
+from mopt.pass_base import (
+    NEEDS_DATA,
+    Numerics,
+    Pass,
+    PassContext,
+    PassResult,
+    option,
+    register_pass,
+)
+from mopt.passes.quantize._calibrated import encode_on_data, grid_for
 from mopt.passes.quantize._gptq import Inputs, round_with_feedback
 from mopt.passes.quantize._weights import is_small, kernel_notice
 from mopt.program import Program

@@ -11,8 +11,16 @@ from mopt.formats import Encoded, Format, GridFormat
 from mopt.formats.half import Half
 from mopt.formats.int_blocks import IntBlocks
 from mopt.layers import Layer, find_layers, is_returned
-from mopt.pass_base import Numerics, Pass, PassContext, PassResult, option, register_pass
-from mopt.passes.quantize._calibrated import NEEDS_DATA, encode_on_data, grid_for
+from mopt.pass_base import (
+    NEEDS_DATA,
+    Numerics,
+    Pass,
+    PassContext,
+    PassResult,
+    option,
+    register_pass,
+)
+from mopt.passes.quantize._calibrated import encode_on_data, grid_for
 from mopt.passes.quantize._weights import encode_layers, is_small
 from mopt.program import Program
 

@@ -9,8 +9,17 @@ import torch
 from torch import Tensor
 
 from mopt.formats.base import require_finite, shared_weight
-from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
-from mopt.passes.quantize._calibrated import NEEDS_DATA, Group, visit_inputs
+from mopt.pass_base import (
+    NEEDS_DATA,
+    Numerics,
+    Pass,
+    PassContext,
+    PassResult,
+    Skip,
+    option,
+    register_pass,
+)
+from mopt.passes.quantize._calibrated import Group, visit_inputs
 from mopt.passes.quantize._scales import find_edges_to_scale, first_reader, set_weight
 from mopt.passes.quantize._trials import rounded_error, spread_rows
 from mopt.program import Program

@@ -10,8 +10,17 @@ from torch import Tensor
 from mopt.formats.base import require_finite, row_pieces
 from mopt.formats.int_blocks import IntBlocks
 from mopt.observers import ChannelStatistics
-from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
-from mopt.passes.quantize._calibrated import NEEDS_DATA, visit_groups
+from mopt.pass_base import (
+    NEEDS_DATA,
+    Numerics,
+    Pass,
+    PassContext,
+    PassResult,
+    Skip,
+    option,
+    register_pass,
+)
+from mopt.passes.quantize._calibrated import visit_groups
 from mopt.passes.quantize._gptq import output_error
 from mopt.passes.quantize._scales import find_edges_to_scale, scale_edge
 from mopt.program import Program

@@ -10,8 +10,17 @@ from torch import Tensor, fx
 
 from mopt.formats.base import require_finite
 from mopt.layers import LINEAR
-from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
-from mopt.passes.quantize._calibrated import NEEDS_DATA, Group, visit_inputs
+from mopt.pass_base import (
+    NEEDS_DATA,
+    Numerics,
+    Pass,
+    PassContext,
+    PassResult,
+    Skip,
+    option,
+    register_pass,
+)
+from mopt.passes.quantize._calibrated import Group, visit_inputs
 from mopt.passes.quantize._scales import find_edges_to_scale, first_reader, set_weight
 from mopt.passes.quantize._trials import output_error_of, round_rows, rounded_error, spread_rows
 from mopt.program import Program

@@ -12,8 +12,16 @@ from torch.nn import functional as F
 
 from mopt.layers import LINEAR, is_returned
 from mopt.ops import dequantize_blocks
-from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
-from mopt.passes.quantize._calibrated import NEEDS_DATA
+from mopt.pass_base import (
+    NEEDS_DATA,
+    Numerics,
+    Pass,
+    PassContext,
+    PassResult,
+    Skip,
+    option,
+    register_pass,
+)
 from mopt.program import Program, module_path
 
 _mopt = torch.ops.mopt

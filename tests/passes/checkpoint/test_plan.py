@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.training_plans import chain
 from mopt.errors import BudgetNotMet, InputError, InternalError
 from mopt.passes.checkpoint._bounds import least_peak, least_seconds
 from mopt.passes.checkpoint._exact import solve_exactly
@@ -25,21 +26,6 @@ from mopt.recompute import (
     parse_bytes,
     replay,
 )
-
-
-def chain(length: int) -> RecomputeProblem:
-    """``length`` unit steps; backward of each reads its own and the previous value."""
-    forward = []
-    for i in range(length):
-        before = (i - 1,) if i else ()
-        forward.append(Call(f"f{i}", before, (i,), 1.0, again=Again(before, (i,), 1.0)))
-    backward = []
-    for place, i in enumerate(reversed(range(length))):
-        reads = [i, *([i - 1] if i else []), *([length + place - 1] if place else [])]
-        backward.append(Call(f"b{i}", tuple(reads), (length + place,), 2.0))
-    return RecomputeProblem(
-        (1,) * (2 * length), tuple(forward), tuple(backward), results=frozenset([2 * length - 1])
-    )
 
 
 def with_forms(problem: RecomputeProblem, seed: int) -> RecomputeProblem:
