@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import gcd
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from mopt.cache import source_hash
 from mopt.cost import CostModel, LayerRequest
 from mopt.coupling import Group, find_coupling, shrink
 from mopt.formats import find_format
+from mopt.ladder import Ladder
 from mopt.layer_request import preferred_multiple
 from mopt.layers import Layer
 from mopt.pass_base import PassContext
@@ -133,16 +133,14 @@ def find_widths(program: Program, ctx: PassContext, selects: Callable[[str], boo
         multiple = preferred_multiple(
             ctx.cost_model, "convolution" if group.kind == "channels" else "linear"
         )
-        step = multiple // gcd(multiple, group.width)
-        order = group.units[np.argsort(scores[group.units], kind="stable")]
+        ladder = Ladder.of(group, scores, multiple, 1 - min(KEPT) / 100)
         removed: dict[str, Mask] = {}
         for percent in KEPT:
-            kept = round(percent / 100 * len(order) / step) * step
-            if 0 < kept < len(order):
-                mask = np.zeros(found.unit_count, dtype=bool)
-                mask[order[: len(order) - kept]] = True
-                if not any((mask == other).all() for other in removed.values()):
-                    removed[f"{_PREFIX}{percent}"] = mask
+            count = ladder.nearest(1 - percent / 100)
+            mask = np.zeros(found.unit_count, dtype=bool)
+            mask[ladder.order[:count]] = True
+            if count and not any((mask == other).all() for other in removed.values()):
+                removed[f"{_PREFIX}{percent}"] = mask
         if removed:
             site = Sites(f"width of {group.path}", (), program.original_size())
             widths.append(Width(group, site, removed))

@@ -12,9 +12,10 @@ from mopt.cost import CostModel, cost_model
 from mopt.coupling import Coupling, Group, find_coupling, shrink
 from mopt.device import find_device
 from mopt.errors import UsageError
+from mopt.ladder import Ladder
 from mopt.layer_request import preferred_multiple
 from mopt.pass_base import Pass, PassContext, PassResult, Skip, option
-from mopt.passes.prune._select import Ladder, select_global, select_uniform
+from mopt.passes.prune._select import select_global, select_uniform
 from mopt.passes.prune._speed import LayerTimes
 from mopt.program import Program, module_path
 from mopt.refit import refit
