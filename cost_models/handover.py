@@ -24,7 +24,7 @@ from mopt.cost_models.model_cost import node_work
 from mopt.cost_models.probe import Probe, ProbeRun, plan_copies
 from mopt.cost_models.probe_models import build_probe
 from mopt.cost_models.roofline import Roofline
-from mopt.device_calibration import Handover
+from mopt.device_calibration import Handover, handed_over
 
 # Sizes of the pieces, each in every number format it has, and how often a block is repeated.
 _ATTENTION = (
@@ -41,6 +41,8 @@ _PIECES = (
     ("chain.separable", (0,), _SEPARABLE),
 )
 _LEAST_PIECES = 8
+# What a piece counts for that was never timed without waiting for a processor.
+_DISTURBED = 0.2
 _HUBER = 0.05
 _ROUNDS = 8
 
@@ -82,7 +84,8 @@ def operators(pieces: Sequence[Piece], roofline: Roofline) -> list[Probe]:
 
 def found_handover(pieces: Sequence[Piece], run: ProbeRun, roofline: Roofline) -> Handover:
     """What a run says in which pieces and their operators were timed."""
-    times = {(s.family, s.dims): s.microseconds for s in run.samples if s.is_quiet}
+    times = {(s.family, s.dims): s.microseconds for s in run.samples}
+    quiet = {(s.family, s.dims) for s in run.samples if s.is_quiet}
 
     def time_of(work: Work) -> float:
         if work.kind == "free":
@@ -90,13 +93,15 @@ def found_handover(pieces: Sequence[Piece], run: ProbeRun, roofline: Roofline) -
         known = times.get((work.variant, work.shape))
         return 1e3 * roofline.cost(work).milliseconds if known is None else known
 
-    timed = [
-        (piece, times[piece.probe.family, piece.probe.dims] * piece.probe.copies)
-        for piece in pieces
-        if (piece.probe.family, piece.probe.dims) in times
-        and all((w.variant, w.shape) in times for w in piece.works if w.kind != "free")
-    ]
-    return fit_handover([piece for piece, _ in timed], [t for _, t in timed], time_of)
+    found, whole, trust = [], [], []
+    for piece in pieces:
+        key = piece.probe.family, piece.probe.dims
+        parts = {(work.variant, work.shape) for work in piece.works if work.kind != "free"}
+        if key in times and parts <= times.keys():
+            found.append(piece)
+            whole.append(times[key] * piece.probe.copies)
+            trust.append(1.0 if key in quiet and parts <= quiet else _DISTURBED)
+    return fit_handover(found, whole, time_of, trust)
 
 
 def _works(probe: Probe) -> tuple[Work, ...]:
@@ -108,31 +113,29 @@ def _works(probe: Probe) -> tuple[Work, ...]:
 
 
 def fit_handover(
-    pieces: Sequence[Piece], times: Sequence[float], time_of: Callable[[Work], float]
+    pieces: Sequence[Piece],
+    times: Sequence[float],
+    time_of: Callable[[Work], float],
+    trust: Sequence[float] | None = None,
 ) -> Handover:
     """The terms, none negative, that explain best what pieces take beyond their operators.
 
-    ``times`` are microseconds of the pieces, ``time_of`` knows those of operators alone. Relative
-    errors count, large ones less (Huber). Too few pieces give no terms.
+    ``times`` are microseconds of the pieces, ``time_of`` knows those of operators alone, ``trust``
+    weighs the pieces. Relative errors count, large ones less (Huber). Too few pieces give no terms.
     """
     if len(pieces) < _LEAST_PIECES:
         return Handover()
     whole = np.array(times)
     rest = (whole - [piece.alone(time_of) for piece in pieces]) / whole
     terms = np.array([
-        [
-            sum(work.activation_bytes for work in piece.works),
-            sum(work.weight_bytes for work in piece.works),
-            len(piece.works),
-        ]
-        for piece in pieces
+        np.sum([handed_over(work) for work in piece.works], axis=0) for piece in pieces
     ]) / whole[:, None]  # fmt: skip
-    weights = np.ones(len(pieces))
-    found = np.zeros(3)
+    weights = start = np.sqrt(np.ones(len(pieces)) if trust is None else np.array(trust))
+    found = np.zeros(terms.shape[1])
     for _ in range(_ROUNDS):
         found = _least_squares(terms * weights[:, None], rest * weights)
         wrong = np.abs(rest - terms @ found)
-        weights = np.sqrt(np.minimum(1.0, _HUBER / np.maximum(wrong, 1e-9)))
+        weights = start * np.sqrt(np.minimum(1.0, _HUBER / np.maximum(wrong, 1e-9)))
     return Handover(*(float(value) for value in found))
 
 

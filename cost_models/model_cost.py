@@ -46,8 +46,7 @@ def executed_cost(
         if work.kind == "other" and not work.variant:
             unknown.add(node.operator)
         cost = costs.cost(work)
-        more = handover.milliseconds(work.activation_bytes, work.weight_bytes)
-        cost = replace(cost, milliseconds=cost.milliseconds + more)
+        cost = replace(cost, milliseconds=cost.milliseconds + handover.milliseconds(work))
         nodes.append(NodeCost(node.name, work, cost))
     overhead = call.milliseconds(len(executed.input_bytes), sum(executed.output_bytes))
     whole = combine([*(node.cost for node in nodes), Cost(overhead, 0.2, 0.0, "calibrated")])

@@ -141,10 +141,10 @@ class TimedModel(SerialModel):
         if self.device.calibration is not None:
             return self.device.calibration.handover
         if self._handover is None and self._cache is not None:
-            found = self._cache.get(_BUCKET, {**self._where, "handover": 1})
+            found = self._cache.get(_BUCKET, {**self._where, "handover": 2})
             if found is None:
                 found = asdict(self._time_handover())
-                self._store({"handover": 1}, found)
+                self._store({"handover": 2}, found)
             self._handover = Handover(**found)
         return self._handover or Handover()
 

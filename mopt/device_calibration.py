@@ -11,6 +11,7 @@ from dataclasses import asdict, astuple, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mopt.cost import Work
     from mopt.device_fields import FieldReader, Place
 
 Dims = tuple[int, ...]
@@ -83,18 +84,32 @@ class CallOverhead:
 class Handover:
     """What operators take in a model beyond what they take alone, in microseconds.
 
-    For each byte of inputs and outputs, for each byte of weights, and for each operator; see
-    ``mopt.cost_models.handover``.
+    For each byte of inputs and outputs, of weights in floats and of weights in fewer bits; for each
+    byte that convolutions move, which compute so much for it that less of it shows; and for each
+    operator. See ``mopt.cost_models.handover``.
     """
 
     activation_us: float = 0.0
     weight_us: float = 0.0
+    code_us: float = 0.0
+    convolution_us: float = 0.0
     operator_us: float = 0.0
 
-    def milliseconds(self, activation_bytes: float, weight_bytes: float) -> float:
+    def milliseconds(self, work: Work) -> float:
         """For one operator."""
-        moved = self.activation_us * activation_bytes + self.weight_us * weight_bytes
-        return 1e-3 * (moved + self.operator_us)
+        parts = zip(astuple(self), handed_over(work), strict=True)
+        return 1e-3 * sum(us * amount for us, amount in parts)
+
+
+def handed_over(work: Work) -> tuple[float, float, float, float, float]:
+    """What each field of ``Handover`` is multiplied with."""
+    if work.kind == "free":
+        return (0.0, 0.0, 0.0, 0.0, 1.0)
+    if work.kind == "convolution":
+        return (0.0, 0.0, 0.0, work.bytes, 1.0)
+    is_plain = work.weight_format == "fp32"
+    weights = (work.weight_bytes, 0.0) if is_plain else (0.0, work.weight_bytes)
+    return (work.activation_bytes, *weights, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
