@@ -226,6 +226,7 @@ def _recurrent(name: str, gates: int, share: float) -> Family:
 _CONV_BOX = ((2.0, 9.3), (4.0, 9.3), (1.5, 7.0), (0.0, 3.99), (0.0, 1.0))
 _FAMILIES = (
     _linear("linear.fp32", 8, 4, "fp32"),
+    _linear("linear.fp32-bare", 5, 4, "fp32"),
     _linear("linear.int8-dynamic", 7, 1, "int8-dynamic", tile=16),
     _linear("linear.int8-shared", 4, 1, "int8-dynamic", codes=1, tile=16),
     _linear("linear.int8-static", 3, 1, "int8-qdq", codes=1, tile=16),

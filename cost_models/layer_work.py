@@ -32,7 +32,7 @@ def layer_works(
     """The work of a layer (see ``mopt.cost.CostModel.layer_cost``), the product itself first."""
     shape = tuple(shape)
     if kind == "linear":
-        return _linear(shape, weight_format, rows, sharers, isolated, path)
+        return _linear(shape, weight_format, rows, geometry or {}, sharers, isolated, path)
     if kind == "convolution":
         return _convolution(shape, weight_format, rows, geometry or {}, isolated, path)
     if kind == "embedding":
@@ -50,14 +50,20 @@ def format_bytes(weight_format: str, shape: tuple[int, ...]) -> int:
 
 
 def _linear(
-    shape: Dims, weight_format: str, rows: int, sharers: int, isolated: bool, path: str
+    shape: Dims,
+    weight_format: str,
+    rows: int,
+    geometry: Mapping[str, Any],
+    sharers: int,
+    isolated: bool,
+    path: str,
 ) -> list[Work]:
     outputs, inputs = shape
     sizes: Dims = (rows, outputs, inputs)
     added = []
     blocks = _BLOCKS.fullmatch(weight_format)
     if weight_format in _WIDENED:
-        family = "linear.fp32"
+        family = "linear.fp32" if geometry.get("bias", True) else "linear.fp32-bare"
     elif weight_format.startswith("int8-dynamic"):
         family = "linear.int8-dynamic" if sharers == 1 else "linear.int8-shared"
         if sharers > 1:

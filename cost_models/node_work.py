@@ -61,7 +61,10 @@ def _product(node: ExecutedNode) -> Operation:
     inner = left.shape[-2 if _attribute(node, "transA") and len(left.shape) > 1 else -1]
     if right.weight and len(right.shape) == 2:
         columns = output[-1] if len(output) else 1
-        return Operation("linear.fp32", (prod(output) // columns, columns, inner))
+        # A bias is written into the result first, which the product then adds to.
+        has_bias = node.operator == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None
+        family = "linear.fp32" if has_bias else "linear.fp32-bare"
+        return Operation(family, (prod(output) // columns, columns, inner))
     if len(right.shape) <= 2:
         columns = output[-1] if output else 1
         return Operation("matmul.fp32", (1, prod(output) // columns, columns, inner))

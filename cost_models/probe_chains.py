@@ -45,7 +45,7 @@ def _decoder(model: ProbeModel, dims: Dims) -> bytes:
         y = model.add("RMSNormalization", x, model.store(width), axis=-1)
         q, k, v = _products(model, form, y, (rows, width, width), 3)
         y = model.add(
-            "GroupQueryAttention", q, k, v, "", "", last, total, domain=MICROSOFT, results=3,
+            "GroupQueryAttention", q, k, v, "", "", last, total, domain=MICROSOFT,
             num_heads=heads, kv_num_heads=heads,
         )  # fmt: skip
         x = model.add("Add", x, _product(model, form, y, (rows, width, width)))

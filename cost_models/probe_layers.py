@@ -27,6 +27,15 @@ def _linear(model: ProbeModel, dims: Dims) -> bytes:
     return model.finish()
 
 
+@builds("linear.fp32-bare")
+def _linear_bare(model: ProbeModel, dims: Dims) -> bytes:
+    rows, outputs, inputs = dims
+    x = model.give(rows, inputs)
+    for _ in range(model.copies):
+        model.tap(model.add("MatMul", x, model.store(inputs, outputs)), 2)
+    return model.finish()
+
+
 @builds("linear.int8-dynamic")
 def _linear_dynamic(model: ProbeModel, dims: Dims) -> bytes:
     rows, outputs, inputs = dims
@@ -113,7 +122,7 @@ def _causal(model: ProbeModel, dims: Dims) -> bytes:
     total = model.constant(np.int32(queries))
     for _ in range(model.copies):
         value = model.add(
-            "GroupQueryAttention", value, k, v, "", "", last, total, domain=MICROSOFT, results=3,
+            "GroupQueryAttention", value, k, v, "", "", last, total, domain=MICROSOFT,
             num_heads=heads, kv_num_heads=heads,
         )  # fmt: skip
     return model.finish(value)

@@ -198,7 +198,8 @@ class CostModel(Protocol):
         ``kind`` and ``shape`` are those of ``mopt.layers.Layer`` (the weight's shape); ``rows`` is
         the number of vectors the layer is applied to in one run. ``geometry`` describes a
         convolution: ``batch``, ``output`` (sizes of the output), ``stride``, ``groups``,
-        ``transposed``. A group of ``sharers`` layers that read the same activations (q, k, v; gate,
+        ``transposed``; of a linear layer ``bias``, whether it has one (True unless given). A group
+        of ``sharers`` layers that read the same activations (q, k, v; gate,
         up) shares the rounding of them; the cost is that of one of them. ``isolated`` counts the
         conversions of a statically quantized layer among float ones; without it its neighbours
         compute in 8 bits too. Raises UsageError ``no-kernel`` for a format that the device cannot

@@ -21,7 +21,8 @@ def layer_request(call: fx.Node, shape: Sequence[int], groups: int | None = None
     """
     written = shape_of(call.meta["val"])
     if call.target in LINEAR:
-        return LayerRequest("linear", tuple(shape), rows=prod(written[:-1]))
+        bias = {"bias": argument(call, "bias") is not None}
+        return LayerRequest("linear", tuple(shape), rows=prod(written[:-1]), geometry=bias)
     stride: Any = argument(call, "stride")
     spatial = len(written) - 2
     if not isinstance(stride, int):

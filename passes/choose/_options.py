@@ -301,8 +301,8 @@ def _requests(layer: Layer, call: Any, name: str, one: Sites) -> list[LayerReque
     form = find_format(name) if name not in (ORIGINAL, "fp32") else None
     if isinstance(form, LowRank):
         (outputs, inputs), rank = layer.shape, form.rank(layer.shape)
-        return [LayerRequest("linear", shape, rows=_rows(call))
-                for shape in ((rank, inputs), (outputs, rank))]  # fmt: skip
+        first = LayerRequest("linear", (rank, inputs), rows=_rows(call), geometry={"bias": False})
+        return [first, replace(layer_request(call, (outputs, rank)), rows=_rows(call))]
     return [_request(layer, call, name, one)]
 
 
