@@ -19,6 +19,7 @@ from mopt.formats.base import families
 from mopt.hashes import tensor_hash
 from mopt.layers import Layer
 from mopt.pass_base import PassContext, Progress
+from mopt.passes.choose._reruns import Reruns, default_limit
 from mopt.pipeline import flat_tensors
 from mopt.program import Program
 from mopt.quality import DriftMeter, evaluate_metric
@@ -34,9 +35,7 @@ class Place(Protocol):
     ) -> None: ...
 
 
-# Values kept between layers so that a swap runs only what comes after it.
-_KEEP_BYTES = 1 << 30
-_SOURCES = (__file__, str(Path(__file__).with_name("_place.py")))
+_SOURCES = (__file__, *(str(Path(__file__).with_name(n)) for n in ("_place.py", "_reruns.py")))
 
 
 @dataclass
@@ -59,8 +58,7 @@ class Losses:
     def __post_init__(self) -> None:
         self.measured = 0
         self.cached = 0
-        self._kept: list[dict[str, Any]] | None = None
-        self._reference: list[list[Tensor]] = []
+        self._known_runs: Reruns | None = None
         self._base_metric: Any = None
         self._key: dict[str, Any] | None = None
 
@@ -122,7 +120,7 @@ class Losses:
             return max(found.loss_against(self._base_metric), 0.0)
         total, meter, rows = 0.0, DriftMeter(), 0
         for index in range(len(self.batches)):
-            expected, outputs = self._reference_outputs(index), self._run(changed, index, renames)
+            expected, outputs = self._reruns.outputs[index], self._run(changed, index, renames)
             if self.loss == "cosine":
                 meter.add(expected, outputs)
                 continue
@@ -145,52 +143,19 @@ class Losses:
         data = [kwargs or args for args, kwargs in self.batches]
         return replace(self.ctx, calibration=Calibration(data, self.program), progress=Progress())
 
-    def _reference_outputs(self, index: int) -> list[Tensor]:
-        if not self._reference:
-            self._remember()
-        return self._reference[index]
-
-    def _remember(self) -> None:
-        """Run the original once per batch, keeping every value if they fit."""
-        kept: list[dict[str, Any]] = []
-        spent = 0
-        safe = not any(_writes(node) for node in self.program.graph.nodes)
-        for args, kwargs in self.batches:
-            values: dict[str, Any] = {}
-
-            def visit(node: fx.Node, value: Any, values: dict[str, Any] = values) -> None:
-                if node.op not in ("get_attr", "output"):
-                    values[node.name] = value
-
-            outputs = self.program.interpret(visit if safe else lambda n, v: None, args, kwargs)
-            self._reference.append(flat_tensors(outputs))
-            spent += sum(t.numel() * t.element_size() for t in values.values()
-                         if isinstance(t, Tensor))  # fmt: skip
-            kept.append(values)
-        limit = min(_KEEP_BYTES, self.ctx.max_memory_bytes or _KEEP_BYTES)
-        self._kept = kept if safe and spent <= limit else None
+    @property
+    def _reruns(self) -> Reruns:
+        if self._known_runs is None:
+            limit = default_limit(self.program)
+            limit = min(limit, self.ctx.max_memory_bytes or limit)
+            self._known_runs = Reruns(self.program, self.batches, limit)
+        return self._known_runs
 
     def _run(self, changed: Program, index: int, renames: bool) -> list[Tensor]:
-        self._reference_outputs(index)
+        if renames:
+            return self._reruns.run(changed, index)
         args, kwargs = self.batches[index]
-        if self._kept is None or not renames:
-            return flat_tensors(changed.run_flat(*args, **kwargs))
-        values = self._kept[index]
-        known: dict[fx.Node, Any] = {}
-        fresh: set[fx.Node] = set()
-        for node in changed.graph.nodes:
-            if node.op in ("get_attr", "output"):
-                continue
-            if node.name not in values or any(i in fresh for i in node.all_input_nodes):
-                fresh.add(node)
-            else:
-                known[node] = values[node.name]
-        flat = changed.flat_inputs(args, kwargs)
-        with torch.no_grad():
-            out = fx.Interpreter(changed.graph_module, garbage_collect_values=False).run(
-                *flat, initial_env=known, enable_io_processing=False
-            )
-        return flat_tensors(out)
+        return flat_tensors(changed.run_flat(*args, **kwargs))
 
 
 def estimate(
@@ -297,10 +262,6 @@ def _divergence(want: Tensor, have: Tensor) -> float:
     reference = functional.log_softmax(want.double(), -1)
     other = functional.log_softmax(have.double(), -1)
     return float((reference.exp() * (reference - other)).sum())
-
-
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _leaves(call: Call) -> list[Any]:
