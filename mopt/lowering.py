@@ -117,9 +117,14 @@ class Artifact:
             part.write(MANIFEST, json_bytes(self.manifest))
         return target
 
-    def load(self, *, threads: int | None = None) -> Loaded:
-        """The callable, ready to run."""
-        return open_artifact(self.folder, self.manifest, module=self.module, threads=threads)
+    def load(self, *, threads: int | None = None, apart: bool = False) -> Loaded:
+        """The callable, ready to run; with ``apart``, a large model runs in another process.
+
+        That keeps its memory out of this one, where the backend can.
+        """
+        return open_artifact(
+            self.folder, self.manifest, module=self.module, threads=threads, apart=apart
+        )
 
 
 class Loaded:
@@ -266,11 +271,14 @@ def open_artifact(
     resident: float | None = None,
     device: str | None = None,
     trust: bool = False,
+    apart: bool = False,
 ) -> Loaded:
     """The callable of an artifact whose manifest was checked."""
     backend = find_backend(manifest["backend"])
     options: dict[str, Any] = {} if resident is None else {"resident": resident}
     known = signature_parameters(backend.open).parameters
+    if apart and "apart" in known:
+        options["apart"] = True
     if device is not None or trust:
         if "device" not in known:
             raise UsageError(

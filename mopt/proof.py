@@ -59,7 +59,7 @@ def check_parity(
     Raises LoweringError when it computes something else.
     """
     meter, checked = DriftMeter(), 0
-    loaded = artifact.load()
+    loaded = artifact.load(apart=True)
     try:
         for inputs in islice(_parity_inputs(program), sizes):
             args, kwargs = inputs
@@ -135,7 +135,7 @@ def store_sample(program: Program, artifact: Artifact) -> None:
     """
     if program.parts().keys() != {""}:
         return
-    with artifact.load() as loaded:
+    with artifact.load(apart=True) as loaded:
         outputs = _tensors(loaded(*program.args, **program.kwargs))
     inputs = _tensors((program.args, program.kwargs))
     arrays = {f"input_{i}": _numpy(t) for i, t in enumerate(inputs)}
@@ -196,7 +196,7 @@ def measure_quality(
     """
     meter = DriftMeter()
     some = batches or [(program.args, program.kwargs)]
-    with artifact.load() as loaded:
+    with artifact.load(apart=True) as loaded:
         for index, (args, kwargs) in enumerate(some):
             progress.step(index, len(some), "batches")
             meter.add(_tensors(program.run(*args, **kwargs)), _tensors(loaded(*args, **kwargs)))

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from mopt.backends.onnx.apart import ApartRunner
 from mopt.backends.onnx.export import export_onnx
 from mopt.backends.onnx.finish import name_sizes
 from mopt.backends.onnx.session import open_session, probe_file
@@ -30,8 +31,13 @@ EXTERNAL_FROM_BYTES = 1 << 28
 class OnnxModelRunner:
     """Runs a lowered model in ONNX Runtime: tensors or arrays in, arrays out."""
 
-    def __init__(self, folder: Path, signature: Signature, threads: int | None) -> None:
-        self._session = open_session(folder / MODEL, threads=threads)
+    def __init__(
+        self, folder: Path, signature: Signature, threads: int | None, apart: bool
+    ) -> None:
+        self._session = (
+            ApartRunner(folder / MODEL, threads) if apart
+            else open_session(folder / MODEL, threads=threads)
+        )  # fmt: skip
         self._names = [spec.name for spec in signature.inputs]
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
@@ -92,9 +98,12 @@ class OnnxBackend:
             value.const_value = None
         return [MODEL, DATA] if weights >= EXTERNAL_FROM_BYTES else [MODEL]
 
-    def open(self, folder: Path, signature: Signature, *, threads: int | None) -> OnnxModelRunner:
-        """Load a lowered model."""
-        return OnnxModelRunner(folder, signature, threads)
+    def open(
+        self, folder: Path, signature: Signature, *, threads: int | None, apart: bool = False
+    ) -> OnnxModelRunner:
+        """Load a lowered model, ``apart`` a large one in a process of its own."""
+        apart = apart and (folder / DATA).exists()
+        return OnnxModelRunner(folder, signature, threads, apart)
 
     def probe(self, folder: Path) -> None:
         """Check a model and load it once in a child, which it may crash or fill."""
