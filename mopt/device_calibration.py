@@ -103,7 +103,8 @@ class Handover:
 
 def handed_over(work: Work) -> tuple[float, float, float, float, float]:
     """What each field of ``Handover`` is multiplied with."""
-    if work.kind == "free":
+    # The bytes of a recurrent layer are those of all its steps, which hand nothing over.
+    if work.kind in ("free", "recurrent"):
         return (0.0, 0.0, 0.0, 0.0, 1.0)
     if work.kind == "convolution":
         return (0.0, 0.0, 0.0, work.bytes, 1.0)

@@ -72,6 +72,12 @@ def test_what_waited_for_a_processor_counts_less() -> None:
     assert off[1] < off[0] / 2
 
 
+def test_the_steps_of_a_recurrent_layer_hand_nothing_over() -> None:
+    """Its weights are counted once a step: with those, an LSTM was estimated at twice its time."""
+    work = Work("recurrent", 1e6, 64 * 2e6, 1e6, variant="recurrent.lstm", shape=(64, 4, 8, 8, 1))
+    assert Handover(1e-5, 3e-5, 1e-5, 1e-5, 0.5).milliseconds(work) == pytest.approx(0.5e-3)
+
+
 def test_too_few_pieces_say_nothing() -> None:
     assert fit_handover(PIECES[:3], times(Handover(2e-5))[:3], alone) == Handover()
 
