@@ -7,7 +7,6 @@ depend on the data. Times of that run are not looked at.
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,17 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from mopt.cost_models.runtime import runtime_errors, session_options
-from mopt.errors import ArtifactError, InputError
-from mopt.machine import trim_heap
+from mopt.cost_models.executed_run import GRAPH, run_once
 
 Shape = tuple[int, ...]
-_TYPES = {
-    "tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64",
-    "tensor(bool)": "bool", "tensor(int64)": "int64", "tensor(int32)": "int32",
-    "tensor(int8)": "int8", "tensor(uint8)": "uint8", "tensor(int16)": "int16",
-    "tensor(uint16)": "uint16", "tensor(uint32)": "uint32", "tensor(uint64)": "uint64",
-}  # fmt: skip
 # Bytes of one value, by the type names of the runtime's profiler.
 _BYTES = {
     "float": 4.0, "float16": 2.0, "bfloat16": 2.0, "double": 8.0, "bool": 1.0, "int8": 1.0,
@@ -104,65 +95,19 @@ def executed_model(
     ``onnx-run-failed``.
     """
     import onnx
-    import onnxruntime as ort
 
     with tempfile.TemporaryDirectory(prefix="mopt-graph-") as folder:
-        written = Path(folder) / "executed.onnx"
-        options = session_options(threads=1)
-        options.optimized_model_filepath = str(written)
-        for key, value in (
-            ("session.optimized_model_external_initializers_file_name", "executed.data"),
-            ("session.optimized_model_external_initializers_min_size_in_bytes", "64"),
-        ):
-            options.add_session_config_entry(key, value)
-        options.enable_profiling = True
-        options.profile_file_prefix = str(Path(folder) / "profile")
-        try:
-            session = ort.InferenceSession(
-                os.fspath(model), options, providers=["CPUExecutionProvider"]
-            )
-        except runtime_errors() as e:
-            raise ArtifactError(
-                f"ONNX Runtime cannot load {Path(model).name}: {str(e).splitlines()[0]}",
-                code="onnx-load-failed",
-            ) from e
-        feed = _feed(session, inputs, sizes or {})
-        try:
-            outputs = session.run(None, feed)
-        except runtime_errors() as e:
-            raise InputError(
-                f"the model does not run on these inputs: {str(e).splitlines()[0]}",
-                code="onnx-run-failed",
-                hint="give it inputs it can work with",
-            ) from e
-        profile = Path(session.end_profiling())
-        events = json.loads(profile.read_bytes())
-        graph = onnx.load(str(written), load_external_data=False).graph
-        # The runtime's copies of the weights are gone; the heap they were on would stay.
-        del session
-        trim_heap()
-    nodes = _Graph(graph).nodes(events)
+        run = run_once(Path(model), Path(folder), inputs, sizes or {})
+        graph = onnx.load(str(Path(folder) / GRAPH), load_external_data=False).graph
     return ExecutedModel(
-        nodes=tuple(nodes),
-        input_bytes=tuple(float(value.nbytes) for value in feed.values()),
-        output_bytes=tuple(float(np.asarray(value).nbytes) for value in outputs),
+        nodes=tuple(_Graph(graph).nodes(run.events)),
+        input_bytes=tuple(run.input_bytes),
+        output_bytes=tuple(run.output_bytes),
         weight_bytes=sum(_weight_bytes(tensor) for tensor in graph.initializer),
         arena_bytes=max(
-            (int(e["args"].get("mem_arena_held", 0)) for e in _runs(events)), default=0
+            (int(e["args"].get("mem_arena_held", 0)) for e in _runs(run.events)), default=0
         ),
     )
-
-
-def _feed(
-    session: Any, inputs: Mapping[str, np.ndarray] | None, sizes: Mapping[str, int]
-) -> dict[str, np.ndarray]:
-    if inputs is not None:
-        return {port.name: inputs[port.name] for port in session.get_inputs()}
-    feed = {}
-    for port in session.get_inputs():
-        shape = [d if isinstance(d, int) else int(sizes.get(d, 1)) for d in port.shape]
-        feed[port.name] = np.zeros(shape, _TYPES[port.type])
-    return feed
 
 
 def _runs(events: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
