@@ -81,10 +81,14 @@ _JUDGED_WINDOWS = 64
 
 
 class Subject(Protocol):
-    """A model with its data: ``draw`` calibrates, ``judge`` maps what was loaded to numbers."""
+    """A model with its data: ``draw`` calibrates, ``judge`` maps what was loaded to numbers.
+
+    ``once`` runs a loaded model on the example's shape.
+    """
 
     program: Program
-    example: tuple[Any, ...]
+
+    def once(self, run: Callable[..., Any]) -> Any: ...
 
     def draw(self, seed: int) -> Iterable[Any]: ...
 
@@ -95,8 +99,9 @@ class Language:
     """The zoo's language model on its held-out text."""
 
     def __init__(self) -> None:
-        self.example = pydoc_gpt.example_inputs()
-        self.program = capture(pydoc_gpt.build(), self.example, pydoc_gpt.dynamic_shapes())
+        example = pydoc_gpt.example_inputs()
+        self.once = lambda run: run(*example)
+        self.program = capture(pydoc_gpt.build(), example, pydoc_gpt.dynamic_shapes())
         self._ids = pydoc_gpt.windows(load_file(pydoc_gpt.TEXT)["heldout"])[:_JUDGED_WINDOWS]
         self._float = self._logarithms(self.program.run)
 
@@ -120,8 +125,9 @@ class Digits:
     """The zoo's digits CNN on its held-out images."""
 
     def __init__(self) -> None:
-        self.example = digits_cnn.example_inputs()
-        self.program = capture(digits_cnn.build().eval(), self.example, digits_cnn.dynamic_shapes())
+        example = digits_cnn.example_inputs()
+        self.once = lambda run: run(*example)
+        self.program = capture(digits_cnn.build().eval(), example, digits_cnn.dynamic_shapes())
         self._images, self._labels = digits_cnn.split("heldout")
         self._float = self.program.run(self._images)
 
@@ -149,7 +155,8 @@ class Sentences:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self._sentences = read_sentences(text)
         self._cut = lambda texts, size: batches(tokenizer, encoder.names, texts, size)
-        self.example = tuple(self._cut(self._sentences[:1], 1)[0].values())
+        example = self._cut(self._sentences[:1], 1)[0]
+        self.once = lambda run: run(**example)
         self._float: dict[int, Tensor] = {}
 
     def draw(self, seed: int) -> Iterable[Any]:
@@ -169,17 +176,17 @@ class Sentences:
         return [self._sentences[at] for at in order[: JUDGED + 64].tolist()]
 
 
-def speed(plain: Loaded, made: Loaded, example: tuple[Any, ...], seconds: float) -> float:
+def speed(plain: Loaded, made: Loaded, once: Callable[[Loaded], Any], seconds: float) -> float:
     """How many times faster ``made`` is, both run in turn for about that long."""
     ratios = []
     end = time.perf_counter() + seconds
     for run in (plain, made, plain, made):
-        run(*example)
+        once(run)
     while len(ratios) < 9 or (time.perf_counter() < end and len(ratios) < 200):
         times = []
         for run in (plain, made):
             started = time.perf_counter()
-            run(*example)
+            once(run)
             times.append(time.perf_counter() - started)
         ratios.append(times[0] / times[1])
     return statistics.median(ratios)
@@ -208,7 +215,7 @@ def measure(subject: Subject, row: str, seed: int, plain: Loaded, seconds: float
     artifact = lower(rounded, "onnx")
     with artifact.load(threads=1) as run:
         quality = subject.judge(run, seed)
-        faster = speed(plain, run, subject.example, seconds)
+        faster = speed(plain, run, subject.once, seconds)
     return {"quality": quality, "megabytes": artifact.size_bytes / 1e6, "speed": faster,
             "seconds": took}  # fmt: skip
 

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from mopt.errors import InputError, quote
 from mopt.frontend import normalize_inputs
 from mopt.islands import IslandProgram
+from mopt.machine import trim_heap
 from mopt.observers import Observer
 from mopt.pass_base import PassContext
 from mopt.program import Program, site_of
@@ -98,12 +99,13 @@ class Calibration:
         self,
         observers: Mapping[fx.Node, Observer],
         ctx: PassContext,
-        replaced: Mapping[fx.Node, Tensor] | None = None,
+        replaced: Mapping[tuple[fx.Node, fx.Node], Tensor] | None = None,
     ) -> int:
         """Show every batch's values to the observers of nodes of ``self.program``.
 
-        ``replaced`` gives nodes another value, such as weights that are already rounded. Returns
-        the number of batches. Raises InputError naming the node for NaN or infinity.
+        ``replaced`` gives (call, node) another value where the call reads the node, such as a
+        weight that is already rounded; it is asked anew each time. Returns the number of batches.
+        Raises InputError naming the node for NaN or infinity.
         """
         return collect(self, observers, ctx, replaced or {})
 
@@ -145,7 +147,7 @@ class PartCalibration:
         self,
         observers: Mapping[fx.Node, Observer],
         ctx: PassContext,
-        replaced: Mapping[fx.Node, Tensor] | None = None,
+        replaced: Mapping[tuple[fx.Node, fx.Node], Tensor] | None = None,
     ) -> int:
         """As :meth:`Calibration.collect`."""
         return collect(self, observers, ctx, replaced or {})
@@ -155,28 +157,73 @@ def collect(
     calls: Calibration | PartCalibration,
     observers: Mapping[fx.Node, Observer],
     ctx: PassContext,
-    replaced: Mapping[fx.Node, Tensor],
+    replaced: Mapping[tuple[fx.Node, fx.Node], Tensor],
 ) -> int:
-    """Run the program on every call and give each observed node's values to its observer."""
+    """Run the program on every call and give each observed node's values to its observer.
 
-    def visit(node: fx.Node, value: Any) -> Any:
-        observer = observers.get(node)
-        if observer is not None and not observer.add(value):
-            raise InputError(
-                f"the value of node {node.name!r} holds NaN or infinity on calibration data",
-                code="non-finite-activation",
-                site=site_of(node),
-                hint="run the model on this data and look for the layer that overflows",
-            )
-        return replaced.get(node)
-
+    What comes behind the last of these nodes does not run.
+    """
     total, count = calls.expected_batches, 0
     for args, kwargs in calls:
         ctx.check_time("calibrating")
         ctx.progress.step(count, max(total, count + 1), "calibration batches")
-        calls.program.interpret(visit, args, kwargs)
+        _Observed(calls.program, observers, replaced).run_until_seen(args, kwargs)
+        trim_heap()
         count += 1
     return count
+
+
+class _Observed(fx.Interpreter):
+    """One run of a program up to the last observed node."""
+
+    def __init__(
+        self,
+        program: Program,
+        observers: Mapping[fx.Node, Observer],
+        replaced: Mapping[tuple[fx.Node, fx.Node], Tensor],
+    ) -> None:
+        super().__init__(program.graph_module)
+        self._program, self._observers, self._replaced = program, observers, replaced
+
+    @torch.no_grad()
+    def run_until_seen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raises InputError naming the node for a value with NaN or infinity."""
+        self.args_iter = iter(self._program.flat_inputs(args, kwargs))
+        nodes, left = self._program.nodes, len(self._observers)
+        dies = _last_readers(nodes)
+        for node in nodes:
+            value = self.env[node] = self.run_node(node)
+            observer = self._observers.get(node)
+            if observer is not None:
+                left -= 1
+                if not observer.add(value):
+                    raise InputError(
+                        f"the value of node {node.name!r} holds NaN or infinity on calibration "
+                        "data",
+                        code="non-finite-activation",
+                        site=site_of(node),
+                        hint="run the model on this data and look for the layer that overflows",
+                    )
+            if not left:
+                return
+            del value
+            for dead in dies[node]:
+                self.env.pop(dead, None)
+
+    def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
+        def value(node: fx.Node) -> Any:
+            return self._replaced[n, node] if (n, node) in self._replaced else self.env[node]
+
+        return fx.map_arg(args, value)
+
+
+def _last_readers(nodes: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """The nodes whose values nothing reads behind each node."""
+    place = {node: at for at, node in enumerate(nodes)}
+    dies: dict[fx.Node, list[fx.Node]] = {node: [] for node in nodes}
+    for node in nodes:
+        dies[max([node, *node.users], key=place.__getitem__)].append(node)
+    return dies
 
 
 def _checked(raw: Any, program: Program, index: int) -> Call:

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from mopt.calibration import Call
 from mopt.errors import InputError, LimitError
+from mopt.machine import trim_heap
 from mopt.pass_base import PassContext
 from mopt.program import Program, site_of
 
@@ -67,6 +68,7 @@ class Stream:
                     self._step(batch, at)
                 held += _tensor_bytes(batch.values())
         self._forget(self._position, stop)
+        trim_heap()
         self._position = stop
         self.peak_bytes = max(self.peak_bytes, held)
         limit = self._ctx.max_memory_bytes

@@ -8,7 +8,7 @@ and zero points, or weights that already lie on one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -57,16 +57,24 @@ class Encoded:
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
     @staticmethod
-    def join(pieces: list[Encoded]) -> Encoded:
-        """The encoding of a weight from those of its rows, where all tensors are by rows."""
-        first = pieces[0]
-        if len(pieces) == 1:
-            return first
-        rows = sum(piece.shape[0] for piece in pieces)
-        return Encoded(
-            first.format, (rows, *first.shape[1:]),
-            {name: torch.cat([piece.tensors[name] for piece in pieces]) for name in first.tensors},
-        )  # fmt: skip
+    def join(pieces: Iterable[Encoded], rows: int) -> Encoded:
+        """The encoding of a weight of that many rows from those of its rows, in their order.
+
+        All tensors are by rows. Pieces are copied as they come, so that no two are held.
+        """
+        whole: dict[str, Tensor] = {}
+        start, found = 0, None
+        for piece in pieces:
+            if piece.shape[0] == rows:
+                return piece
+            stop = start + piece.shape[0]
+            for name, part in piece.tensors.items():
+                if name not in whole:
+                    whole[name] = part.new_empty(rows, *part.shape[1:])
+                whole[name][start:stop] = part
+            start, found = stop, piece
+        assert found is not None and start == rows
+        return Encoded(found.format, (rows, *found.shape[1:]), whole)
 
     @property
     def is_by_rows(self) -> bool:
@@ -248,8 +256,18 @@ def swap_calls(
     for call in layer.calls:
         program.replace_call(call, target, arguments(call))
     for reader in readers:
-        if not reader.users:
-            program.graph.erase_node(reader)
+        drop_reader(program, reader)
+
+
+def drop_reader(program: Program, reader: fx.Node) -> None:
+    """Erase a node that reads a weight if nothing uses it; the weight too if no other reads it."""
+    if reader.users:
+        return
+    program.graph.erase_node(reader)
+    path = str(reader.target)
+    if not any(node.op == "get_attr" and node.target == path for node in program.graph.nodes):
+        owner, _, leaf = path.rpartition(".")
+        delattr(program.graph_module.get_submodule(owner), leaf)
 
 
 def record(program: Program, layer: Layer, name: str) -> None:

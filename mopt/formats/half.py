@@ -8,7 +8,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from mopt.formats.base import Encoded, Format, record, register_format, require_finite, store
+from mopt.formats.base import (
+    Encoded,
+    Format,
+    drop_reader,
+    record,
+    register_format,
+    require_finite,
+    store,
+)
 from mopt.formats.grid import Grid
 from mopt.layers import EMBEDDING, Layer
 from mopt.program import Program
@@ -89,8 +97,7 @@ class Half(Format):
             for reader in readers & set(call.all_input_nodes):
                 widen_argument(program, call, reader, stored)
         for reader in readers:
-            if not reader.users:
-                program.graph.erase_node(reader)
+            drop_reader(program, reader)
         record(program, layer, self.name)
 
 

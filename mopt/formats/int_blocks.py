@@ -137,7 +137,8 @@ class IntBlocks(GridFormat):
     def encode(self, weight: Tensor, *, grid: Grid | None = None) -> Encoded:
         require_finite(weight)
         grid = self.grid(weight) if grid is None else grid
-        return Encoded.join([self._encode(weight[at], grid.rows(at)) for at in row_pieces(weight)])
+        pieces = (self._encode(weight[at], grid.rows(at)) for at in row_pieces(weight))
+        return Encoded.join(pieces, len(weight))
 
     def _encode(self, weight: Tensor, grid: Grid) -> Encoded:
         rows, columns = weight.shape

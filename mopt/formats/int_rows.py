@@ -14,6 +14,7 @@ from mopt.formats.base import (
     Encoded,
     GridFormat,
     argument,
+    drop_reader,
     groups_of,
     record,
     register_format,
@@ -272,8 +273,7 @@ class Int8Qdq(_Int8Rows):
             old = call.args[1]
             tensors = (nodes["codes"], nodes["scales"], nodes["zero_points"], 0)
             call.replace_input_with(old, program.insert_call(reader, tensors, like=call))
-            if not old.users:
-                program.graph.erase_node(old)
+            drop_reader(program, old)
         record(program, layer, self.name)
 
     def _stored(self, scales: Tensor) -> Tensor:
@@ -315,8 +315,7 @@ class Int8Stored(_Int8Rows):
             tensors = (nodes["codes"], nodes["scales"])
             wide = program.insert_call(torch.ops.mopt.widen_int8.default, tensors, like=call)
             call.replace_input_with(old, wide)
-            if not old.users:
-                program.graph.erase_node(old)
+            drop_reader(program, old)
         record(program, layer, self.name)
 
     def _stored(self, scales: Tensor) -> Tensor:

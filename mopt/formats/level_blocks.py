@@ -18,6 +18,7 @@ from mopt.formats.base import (
     Encoded,
     Format,
     argument,
+    drop_reader,
     record,
     register_format,
     require_finite,
@@ -155,9 +156,8 @@ class LevelBlocks(Format):
     def encode(self, weight: Tensor, *, grid: Grid | None = None) -> Encoded:
         require_finite(weight)
         grid = self.grid(weight) if grid is None else grid
-        encoded = Encoded.join(
-            [self._encode(weight[at], grid.rows(at)) for at in row_pieces(weight)]
-        )
+        pieces = (self._encode(weight[at], grid.rows(at)) for at in row_pieces(weight))
+        encoded = Encoded.join(pieces, len(weight))
         if self.kind != "nvfp4":
             return encoded
         assert grid.tensor_scale is not None
@@ -233,8 +233,7 @@ class LevelBlocks(Format):
                 like=call,
             )  # fmt: skip
             call.update_arg(1, reader)
-            if not old.users:
-                program.graph.erase_node(old)
+            drop_reader(program, old)
 
     def _factors(self, ranges: str) -> tuple[float, ...]:
         """Scales to try, relative to the one at which nothing is clipped."""

@@ -13,10 +13,11 @@ from torch import Tensor, fx
 from mopt.formats import Encoded, Grid, GridFormat
 from mopt.formats.base import require_finite, row_pieces
 from mopt.layers import Layer, find_layers
+from mopt.machine import trim_heap
 from mopt.pass_base import Pass, PassContext, PassResult, Skip
-from mopt.passes.quantize._gptq import output_error
 from mopt.passes.quantize._weights import encode_once
 from mopt.program import Program
+from mopt.second_order import output_error, solve_in_place
 from mopt.streaming import Stream
 
 # Values that are rounded together: columns go one by one, for all rows of a piece at once.
@@ -94,6 +95,7 @@ def visit_groups(
         share = Moments(stream.second_moment(value) / count, drift)
         known = moments.pop(group.inputs, None)
         moments[group.inputs] = share if known is None else known.plus(share)
+        del drift, share, known  # while its reader works, nothing else is held
         if last:
             yield group, moments.pop(group.inputs)
 
@@ -102,16 +104,14 @@ def correction(moments: Moments, damping: float = 0.01) -> Tensor | None:
     """C (K, K), float32, for which a weight W + W C comes nearest to the original outputs of W.
 
     On what is read now: the least squares solution D (H + damping)^-1 with D the drift and H the
-    second moment (Li et al. 2025, "GPTAQ", for its target); None where there is no drift.
+    second moment (Li et al. 2025, "GPTAQ", for its target); None where there is no drift. It takes
+    the place of the drift.
     """
     if moments.drift is None:
         return None
     h = moments.second.to(torch.float64, copy=True)
     h.diagonal().add_(damping * h.diagonal().mean().clamp(min=1e-30))
-    h, failed = torch.linalg.cholesky_ex(h)
-    if bool(failed):
-        return None
-    return torch.cholesky_solve(moments.drift.double().t(), h).t().float()
+    return moments.drift if solve_in_place(h, moments.drift) else None
 
 
 Encode = Callable[[Layer, Tensor, GridFormat, Tensor], tuple[Encoded, Mapping[str, Any]]]
@@ -149,6 +149,8 @@ def encode_on_data(
     remarks: dict[str, Any] = {}
     for group, moments in visit_groups(program, stream, input_groups(list(forms)), original):
         moment, shift = moments.second, correction(moments)
+        del moments
+        trim_heap()
         for layer in group.layers:
             ctx.progress.step(len(encoded), len(forms), "layers")
             ctx.check_time(f"encoding {layer.path}")
@@ -163,6 +165,7 @@ def encode_on_data(
             if len(encoded) < len(forms):  # nothing comes behind the last
                 decoded = form.decode(encoded[layer]).to(weight.dtype)
                 stream.replace_weight(layer.calls, layer.weight, decoded)
+                del decoded
             if said:
                 remarks[layer.path] = dict(said)
     for layer, one_encoded in encoded.items():
@@ -185,15 +188,17 @@ def _by_rows(
     shift: Tensor | None,
 ) -> tuple[Encoded, Mapping[str, Any]]:  # fmt: skip
     """A weight encoded some rows at a time, which need not know of each other."""
-    pieces: list[Encoded] = []
     said: dict[str, Any] = {}
-    for at in row_pieces(weight, _ROUNDED_TOGETHER):
-        rows = weight[at]
-        aim = rows if shift is None else (rows.float() + rows.float() @ shift).to(weight.dtype)
-        piece, remarks = encode(layer, aim, form, moment)
-        pieces.append(piece)
-        said.update(remarks)
-    return Encoded.join(pieces), said
+
+    def pieces() -> Iterator[Encoded]:
+        for at in row_pieces(weight, _ROUNDED_TOGETHER):
+            rows = weight[at]
+            aim = rows if shift is None else (rows.float() + rows.float() @ shift).to(weight.dtype)
+            piece, remarks = encode(layer, aim, form, moment)
+            said.update(remarks)
+            yield piece
+
+    return Encoded.join(pieces(), len(weight)), said
 
 
 def _errors(

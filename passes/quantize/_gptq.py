@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mopt.formats import Grid, GridFormat
 from mopt.formats.grid import SCALE_FLOOR
-from mopt.second_order import inverse_factor, output_error
+from mopt.second_order import inverse_factor, output_error, row_errors, times_moment
 
 _BLOCK = 128
 # A code moves only if that lowers the error by more than rounding noise of the sums behind it.
@@ -47,14 +47,13 @@ class Rounded:
 class Inputs:
     """What rounding needs of a layer's inputs, made once for all rows of all layers that read them.
 
-    ``h`` is the second moment with its damping, float64; ``order`` that in which columns are
-    rounded, and ``ordered`` the moment in it, float32; ``factor`` the upper Cholesky factor of the
-    inverse, float32, None where no damping made the moment regular.
+    ``h`` is the second moment with its damping, float32; ``order`` that in which columns are
+    rounded; ``factor`` the upper Cholesky factor of the inverse in it, float32, None where no
+    damping made the moment regular.
     """
 
     h: Tensor
     order: Tensor
-    ordered: Tensor
     factor: Tensor | None
     damping: float | None
 
@@ -67,22 +66,23 @@ class Inputs:
         left to make up for them. The damping is raised tenfold, up to 0.1, where the moment cannot
         be factored.
         """
-        h = moment.double().clone()
+        h = moment.float().clone()
         diagonal = h.diagonal()
         dead = diagonal <= 0
         h[dead] = 0
         h[:, dead] = 0
         diagonal[dead] = 1
-        scale = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
+        scale = float(diagonal[~dead].double().mean()) if not bool(dead.all()) else 1.0
         order = torch.arange(len(h), device=h.device)
         if by_activation:
             order = torch.argsort(torch.where(dead, 0, diagonal), descending=True, stable=True)
-        factor, used = inverse_factor(h, order, damping, scale)
-        if factor is None or used is None:
-            return Inputs(h, order, h.float()[order][:, order], None, None)
-        factor = factor.float()
+        found, used = inverse_factor(h, order, damping, scale)
+        if found is None or used is None:
+            return Inputs(h, order, None, None)
+        factor = found.float().contiguous()
+        del found
         diagonal += used * scale
-        return Inputs(h, order, h.float()[order][:, order], factor, used)
+        return Inputs(h, order, factor, used)
 
 
 def round_with_feedback(
@@ -135,7 +135,7 @@ def _refine(w: Tensor, inputs: Inputs, form: GridFormat, found: Rounded, group: 
     levels = found.weight / _per_column(found.grid.scales, w.shape[1], group)
     moved = levels.round() * _per_column(grid.scales, w.shape[1], group)
     swept = _sweep(w, inputs, form, grid, group, moved)
-    before, after = _row_errors(w - found.weight, h), _row_errors(w - swept, h)
+    before, after = row_errors(w - found.weight, h), row_errors(w - swept, h)
     better = after < before
     scales = torch.where(better[:, None], grid.scales, found.grid.scales)
     weight = torch.where(better[:, None], swept, found.weight)
@@ -147,11 +147,6 @@ def _per_column(per_group: Tensor, columns: int, group: int) -> Tensor:
     return per_group.float().repeat_interleave(group, dim=1)[:, :columns]
 
 
-def _row_errors(difference: Tensor, h: Tensor) -> Tensor:
-    d = difference.double()
-    return ((d @ h) * d).sum(1)
-
-
 def _fitted(w: Tensor, h: Tensor, found: Rounded, group: int) -> Grid:
     """Scales with the least output error for the codes at hand: normal equations per row."""
     columns = w.shape[1]
@@ -160,12 +155,12 @@ def _fitted(w: Tensor, h: Tensor, found: Rounded, group: int) -> Grid:
     levels = (found.weight / _per_column(found.grid.scales, columns, group)).round().double()
     pad = groups * group - columns
     split = torch.nn.functional.pad(levels, (0, pad)).unflatten(1, (groups, group))
-    target = torch.nn.functional.pad(w.double() @ h, (0, pad)).unflatten(1, (groups, group))
+    target = torch.nn.functional.pad(times_moment(w, h), (0, pad)).unflatten(1, (groups, group))
     right = (split * target).sum(2)
     left = torch.empty(len(w), groups, groups, dtype=torch.float64, device=w.device)
     for at in range(groups):
         own = slice(at * group, min((at + 1) * group, columns))
-        reach = torch.nn.functional.pad(levels[:, own] @ h[own], (0, pad))
+        reach = torch.nn.functional.pad(levels[:, own] @ h[own].double(), (0, pad))
         left[:, at] = (split * reach.unflatten(1, (groups, group))).sum(2)
     # Groups whose codes are all zero have no say; a tiny ridge towards the old scale keeps them.
     ridge = 1e-6 * left.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
@@ -181,15 +176,16 @@ def _sweep(
     w: Tensor, inputs: Inputs, form: GridFormat, grid: Grid, group: int, start: Tensor
 ) -> Tensor:
     """Move each code in turn to where the error of the output is least, the others fixed."""
-    order, ordered = inputs.order, inputs.ordered
+    h, order = inputs.h, inputs.order
     result = start[:, order].clone()
-    slope = (w[:, order] - result) @ ordered
+    slope = ((w - start) @ h)[:, order]
     columns = order.tolist()
     for first in range(0, len(columns), _BLOCK):
         stop = min(first + _BLOCK, len(columns))
+        reach = h[order[first:stop]][:, order]
         moves = torch.zeros(len(w), stop - first, device=w.device)
         for at in range(first, stop):
-            curvature = ordered[at, at]
+            curvature = reach[at - first, at]
             wanted = result[:, at] + slope[:, at] / curvature
             rounded = form.quantize_columns(wanted[:, None], grid, group, columns[at])[:, 0]
             move = rounded - result[:, at]
@@ -197,9 +193,9 @@ def _sweep(
             worth = gain > _SMALLEST_GAIN * curvature * rounded.square()
             move = torch.where(worth, move, torch.zeros_like(move))
             result[:, at] = torch.where(worth, rounded, result[:, at])
-            slope[:, at:stop].addr_(move, ordered[at, at:stop], alpha=-1)
+            slope[:, at:stop].addr_(move, reach[at - first, at:stop], alpha=-1)
             moves[:, at - first] = move
-        slope[:, stop:].addmm_(moves, ordered[first:stop, stop:], alpha=-1)
+        slope[:, stop:].addmm_(moves, reach[:, stop:], alpha=-1)
     back = torch.empty_like(result)
     back[:, order] = result
     return back

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from mopt.effects import argument
+from mopt.formats.base import drop_reader
 from mopt.layers import LINEAR
 from mopt.pass_base import Pass, Skip
 from mopt.program import Program, module_path, site_of
@@ -67,8 +68,8 @@ def replace_argument(program: Program, call: fx.Node, at: int, tensor: Tensor, s
     else:
         assert len(call.args) == at
         call.args = (*call.args, node)
-    if isinstance(old, fx.Node) and not old.users:
-        program.graph.erase_node(old)
+    if isinstance(old, fx.Node):
+        drop_reader(program, old)
 
 
 def _is_layer(program: Program, node: fx.Node) -> bool:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, fx
 
 from mopt.effects import argument
-from mopt.formats.base import row_pieces
+from mopt.formats.base import drop_reader, row_pieces
 from mopt.layers import LINEAR, find_layers
+from mopt.machine import trim_heap
 from mopt.pass_base import Skip
 from mopt.passes.quantize._calibrated import Group, input_groups
 from mopt.program import Program, module_path
@@ -136,8 +137,8 @@ def _set(program: Program, call: fx.Node, at: int, tensor: Tensor) -> None:
     path = str(old.target).removesuffix("_scaled")
     new = program.add_weight(f"{path}_scaled", tensor.to(program.weight(old).dtype), call)
     call.update_arg(at, new)
-    if not old.users:
-        program.graph.erase_node(old)
+    drop_reader(program, old)
+    trim_heap()
 
 
 def _maker(program: Program, group: Group) -> fx.Node | str:

@@ -16,6 +16,7 @@ from mopt.formats.base import require_finite, row_pieces
 from mopt.formats.level_blocks import LevelBlocks
 from mopt.hashes import tensor_hash
 from mopt.layers import Layer, find_layers
+from mopt.machine import trim_heap
 from mopt.pass_base import Pass, PassContext, PassResult, Skip
 from mopt.program import Program
 
@@ -54,9 +55,10 @@ def encode_layers(
         encoded, _ = encode_once(
             one, ctx, chosen, [weight], partial(_encode, chosen, weight, ranges), ranges
         )
-        error[layer.path] = _encoding_error(chosen, weight, encoded)
+        error[layer.path] = encoding_error(chosen, weight, encoded)
         formats[layer.path] = chosen.name
         chosen.place(program, layer, encoded)
+        trim_heap()
     stats: dict[str, Any] = {"layers": len(formats), "formats": formats, "weight_error": error}
     return PassResult(changed=bool(formats), stats=stats, skipped=skipped)
 
@@ -117,7 +119,7 @@ def _sources() -> tuple[str, ...]:
     return tuple(sorted(str(path) for folder in folders for path in Path(folder).glob("*.py")))
 
 
-def _encoding_error(form: Format, weight: Tensor, encoded: Encoded) -> float:
+def encoding_error(form: Format, weight: Tensor, encoded: Encoded) -> float:
     """The relative error of an encoding, decoded some rows at a time where that is possible."""
     if not encoded.is_by_rows:
         return relative_error(weight, form.decode(encoded))

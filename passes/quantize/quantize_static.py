@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ from mopt.formats.base import require_finite
 from mopt.formats.grid import min_max_grid
 from mopt.formats.int_rows import Int8Qdq
 from mopt.layers import Layer, find_layers
+from mopt.machine import trim_heap
 from mopt.observers import Histogram, MinMax
 from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
 from mopt.passes.quantize._codes import fit_bias, insert_codes, quantize_bias
 from mopt.passes.quantize._edges import find_edges
 from mopt.passes.quantize._means import correct_means
-from mopt.passes.quantize._weights import relative_error
+from mopt.passes.quantize._weights import encoding_error
 from mopt.program import Program
 from mopt.ranges import METHODS, estimate_range, range_observer
 
@@ -92,8 +94,9 @@ class QuantizeStatic(Pass):
         format_ = self._format
         corrected = 0
         if self.correct_bias:
-            decoded = {layer: format_.decode(one) for layer, one in encoded.items()}
-            corrected = correct_means(program, ctx, decoded)
+            corrected = correct_means(
+                program, ctx, {x: partial(self._change, program, x, encoded[x]) for x in encoded}
+            )
         rounded = _Decoded(format_, encoded)
         batches = ctx.calibration.for_part(program).collect(observers, ctx, rounded)
         grids = {edge: self._grid(observer) for edge, observer in observers.items()}
@@ -102,10 +105,12 @@ class QuantizeStatic(Pass):
         for layer, one in encoded.items():
             weight = program.weight(layer.weight)
             final = fit_bias(program, layer, one, format_, edges, grids)
-            error[layer.path] = relative_error(weight, format_.decode(final))
+            error[layer.path] = encoding_error(format_, weight, final)
             format_.place(program, layer, final)
             for call in layer.calls:
                 quantize_bias(program, call, final, grids[edges.source[call.args[0]]])
+            del weight
+            trim_heap()
         calls = {call for layer in encoded for call in layer.calls}
         folded = insert_codes(program, calls, edges, grids, self._zero_dtype)
         return PassResult(
@@ -125,6 +130,11 @@ class QuantizeStatic(Pass):
     @property
     def _format(self) -> Int8Qdq:
         return Int8Qdq(reduced=self.reduce_range)
+
+    def _change(self, program: Program, layer: Layer, encoded: Encoded, at: slice) -> Tensor:
+        """What rounding adds to some rows of a layer's weight."""
+        rounded = self._format.decode(encoded.rows(at))
+        return rounded - program.weight(layer.weight)[at]
 
     @property
     def _zero_dtype(self) -> torch.dtype:
@@ -186,8 +196,8 @@ def _ends(program: Program, calls: set[fx.Node]) -> tuple[set[fx.Node], set[fx.N
     return calls - after, calls - before
 
 
-class _Decoded(Mapping[fx.Node, Tensor]):
-    """Rounded weights by their readers, decoded anew whenever they are asked for.
+class _Decoded(Mapping[tuple[fx.Node, fx.Node], Tensor]):
+    """Rounded weights by (call, reader), decoded anew whenever they are asked for.
 
     To hold them all would take the memory of another float model.
     """
@@ -195,13 +205,16 @@ class _Decoded(Mapping[fx.Node, Tensor]):
     def __init__(self, form: Format, encoded: Mapping[Layer, Encoded]) -> None:
         self._form = form
         self._encoded: dict[Any, Encoded] = {
-            call.args[1]: one for layer, one in encoded.items() for call in layer.calls
+            (call, call.args[1]): one for layer, one in encoded.items() for call in layer.calls
         }
 
-    def __getitem__(self, reader: fx.Node) -> Tensor:
-        return self._form.decode(self._encoded[reader])
+    def __contains__(self, key: object) -> bool:
+        return key in self._encoded
 
-    def __iter__(self) -> Iterator[fx.Node]:
+    def __getitem__(self, key: tuple[fx.Node, fx.Node]) -> Tensor:
+        return self._form.decode(self._encoded[key])
+
+    def __iter__(self) -> Iterator[tuple[fx.Node, fx.Node]]:
         return iter(self._encoded)
 
     def __len__(self) -> int:

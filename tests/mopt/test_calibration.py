@@ -17,8 +17,10 @@ from mopt.frontend import capture
 from mopt.islands import IslandProgram
 from mopt.observers import Histogram, MinMax
 from mopt.pass_base import PassContext
-from mopt.program import Program
+from mopt.program import Program, iter_calls
 from tests.tiny import normal
+
+_aten = torch.ops.aten
 
 
 class TwoInputs(nn.Module):
@@ -178,9 +180,44 @@ def test_collect_can_replace_a_weight() -> None:
     bias = next(n for n in program.graph.nodes if n.target == "layer.bias")
     node = next(n for n in program.graph.nodes if "linear" in n.name)
     seen = MinMax()
-    zero = {weight: torch.zeros(3, 4), bias: torch.full((3,), 2.5)}
+    zero = {(node, weight): torch.zeros(3, 4), (node, bias): torch.full((3,), 2.5)}
     Calibration([batch()], program).collect({node: seen}, PassContext(), zero)
     assert (seen.low, seen.high) == (2.5, 2.5)
+
+
+def test_a_replaced_weight_is_only_replaced_for_its_call() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.ones(3, 2))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return nn.functional.linear(nn.functional.embedding(ids, self.table), self.table)
+
+    program = capture(Tied(), (torch.tensor([0, 1]),))
+    table, head = (
+        next(iter_calls(program, target))
+        for target in (_aten.embedding.default, _aten.linear.default)
+    )
+    seen = {table: MinMax(), head: MinMax()}
+    other = {(head, head.args[1]): torch.full((3, 2), 5.0)}
+    Calibration([(torch.tensor([0, 2]),)], program).collect(seen, PassContext(), other)
+    assert (seen[table].high, seen[head].high) == (1.0, 10.0)
+
+
+def test_collecting_stops_behind_the_last_observed_node() -> None:
+    def fail(x: Tensor) -> Tensor:
+        raise AssertionError("nothing observes this")
+
+    class Twice(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.exp(torch.exp(x))
+
+    program, seen = capture(Twice(), (torch.zeros(2),)), MinMax()
+    first, second = iter_calls(program, torch.ops.aten.exp.default)
+    second.target = fail
+    Calibration([(torch.zeros(2),)], program).collect({first: seen}, PassContext())
+    assert seen.high == 1.0
 
 
 def test_an_overflow_inside_the_model_names_its_node() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 
 import pytest
@@ -52,7 +53,7 @@ def test_encodings_are_cut_and_joined_by_rows(name: str) -> None:
     assert [piece.shape for piece in pieces] == [(4, 64), (7, 64)]
     decoded = torch.cat([form.decode(piece) for piece in pieces])
     assert torch.equal(decoded, form.decode(whole))
-    joined = Encoded.join(pieces)
+    joined = Encoded.join(iter(pieces), 11)
     assert joined.shape == whole.shape
     assert all(torch.equal(joined.tensors[key], whole.tensors[key]) for key in whole.tensors)
 
@@ -80,3 +81,15 @@ def test_a_stream_lets_go_of_weights_whose_calls_lie_behind() -> None:
     # The values are those that the replaced weight gave, not the program's own.
     seen = stream.values(second.calls[0].args[0])[0]  # type: ignore[arg-type]
     assert float((seen - seen[:1]).abs().max()) == 0
+
+
+def test_a_replaced_weight_is_let_go_of() -> None:
+    program = tiny.mlp().capture().copy()
+    layer = next(layer for layer in find_layers(program) if layer.kind == "linear")
+    form = find_format("int8-dynamic")
+    held = weakref.ref(getattr(program.graph_module.get_submodule("0"), "weight", None))
+    assert held() is not None
+    form.place(program, layer, form.encode(program.weight(layer.weight)))
+    gc.collect()
+    assert held() is None
+    program.verify()
