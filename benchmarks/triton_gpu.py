@@ -27,7 +27,7 @@ from triton_clock import Bench  # first: it makes mopt importable
 import torch
 import triton_checks as checked
 from mopt.backends.triton.interpreter import run_interpreted
-from mopt.backends.triton.kernel import Kernel, Problem, problem
+from mopt.backends.triton.kernel import Problem, problem
 from mopt.backends.triton.kernels import (
     cut_cross_entropy,
     flash_attention,
@@ -40,12 +40,11 @@ from mopt.backends.triton.kernels import (
     swiglu,
 )
 from mopt.backends.triton.launch import Tile
-from mopt.backends.triton.layers import LINEAR_BYTES, LINEAR_CODES
+from mopt.backends.triton.lowerings._bytes import LINEAR_BYTES
+from mopt.backends.triton.lowerings.attention import FLASH_ATTENTION as FLASH
+from mopt.backends.triton.lowerings.linear_codes import LINEAR_CODES
 # isort: on
 
-FLASH = Kernel(
-    "flash-attention", flash_attention.space, flash_attention.legal, flash_attention.work
-)
 _functional = torch.nn.functional
 
 

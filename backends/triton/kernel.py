@@ -53,12 +53,17 @@ def problem(kernel: str, **facts: Any) -> Problem:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel that a model may be lowered to: its tiles, which are legal, and its work."""
+    """A kernel that a model may be lowered to: its tiles, which are legal, and its work.
+
+    ``grid(tile, problem)`` are the blocks along rows, outputs and parts of a sum; where it is not
+    given, those of a product with tiles ``BM`` by ``BN``, split in ``SPLIT``.
+    """
 
     name: str
     space: Callable[[Problem], list[Tile]]
     legal: Callable[[Tile, Problem], str | None]
     work: Callable[[Problem], Amount]
+    grid: Callable[[Tile, Problem], tuple[int, int, int]] | None = None
 
 
 def read_problem(data: Mapping[str, Any]) -> Problem:
@@ -84,3 +89,8 @@ def round_up(value: int, multiple: int) -> int:
 def next_power_of_2(value: int) -> int:
     """The least power of two that is not below."""
     return 1 << max(value - 1, 0).bit_length()
+
+
+def only_tile(found: Problem) -> list[Tile]:
+    """The space of a kernel that chooses its block itself."""
+    return [Tile((), 4, 2)]

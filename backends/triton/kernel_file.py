@@ -30,6 +30,7 @@ class StoredKernels:
     target: str
     tables: Mapping[str, Mapping[str, Mapping[int, Tile]]]
     binaries: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    values: Mapping[str, Any]
     data: Mapping[str, Any]
 
 
@@ -62,6 +63,7 @@ def write_kernels(plan: Plan, folder: Path) -> list[str]:
         "share": plan.share,
         "checked": plan.checked,
         "rejected": [vars(one) for one in plan.rejected],
+        "values": plan.values,
         "tables": tables,
         "binaries": entries,
     }
@@ -91,9 +93,10 @@ def read_kernels(folder: Folder) -> StoredKernels:
             for arch, found in data["binaries"].items()
         }
         triton, target = str(data["triton"]), str(data["target"])
+        values = dict(data["values"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"{KERNELS} is malformed", code="malformed-kernels") from error
-    return StoredKernels(triton, target, tables, binaries, data)
+    return StoredKernels(triton, target, tables, binaries, values, data)
 
 
 def read_binary(folder: Folder, entry: Mapping[str, Any]) -> Binary:

@@ -105,7 +105,9 @@ class TritonBackend:
         from mopt.backends.triton.kernel_file import read_kernels
 
         with Folder(folder) as opened:
-            return dict(read_kernels(opened).data)
+            data = dict(read_kernels(opened).data)
+        del data["values"]  # for loading, of no use to a reader
+        return data
 
 
 BACKEND = TritonBackend()

@@ -13,8 +13,9 @@ from mopt.backends.triton.graphs import GraphReplay
 from mopt.backends.triton.kernel import Problem
 from mopt.backends.triton.kernel_file import StoredKernels, read_binary, read_kernels
 from mopt.backends.triton.launch import Launch, Tile
-from mopt.backends.triton.layers import KERNELS, KernelLayer, StoredTiles
-from mopt.backends.triton.rewrite import find_sites, replace
+from mopt.backends.triton.layers import StoredTiles
+from mopt.backends.triton.rewrite import find_sites, kernels, replace
+from mopt.backends.triton.values import restore_values
 from mopt.errors import LoweringError
 from mopt.safe_read import Folder
 
@@ -60,15 +61,20 @@ def open_runner(
     stored = read_kernels(folder)
     if device == "cpu":
         return ModuleRunner(module, "cpu", threads)
+    restore_values(module, stored.values)
     layers = replace(module, find_sites(module)[0])
     if device == "interpreter":
         from mopt.backends.triton.interpreter import run_interpreted
 
-        _bind(layers, run_interpreted, _tiles(stored, stored.target))
+        tiles = _tiles(stored, stored.target)
+        for layer in layers:
+            layer.bind(run_interpreted, tiles, always=True)
         return ModuleRunner(module, "cpu", threads)
     arch = _present()
     _to_device(module, torch.device("cuda"))
-    _bind(layers, _gpu_runner(stored, folder, arch, trust), _tiles(stored, arch.name))
+    run, tiles = _gpu_runner(stored, folder, arch, trust), _tiles(stored, arch.name)
+    for layer in layers:
+        layer.bind(run, tiles)
     return ModuleRunner(module, "cuda", threads)
 
 
@@ -93,14 +99,9 @@ class FallbackTiles:
             return self._known(problem)
         except KeyError:
             self.unknown[problem.text] = problem
-            kernel = KERNELS[problem.kernel]
+            kernel = kernels()[problem.kernel]
             legal = [t for t in kernel.space(problem) if kernel.legal(t, problem) is None]
             return legal[0]
-
-
-def _bind(layers: Sequence[KernelLayer], run: Any, tiles: FallbackTiles) -> None:
-    for layer in layers:
-        layer.bind(run, tiles)
 
 
 def _present() -> Architecture:

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from mopt.cache import Cache
     from mopt.device import DeviceProfile
 
-# Rows for which a tile is chosen; a call takes the next larger one's, beyond the last the last's.
-BUCKETS = (1, 16, 32, 64, 256, 2048)
 # How many tiles are compiled for one problem before it is given up.
 ATTEMPTS = 12
 # Bytes a multiprocessor must have under way to use the whole bandwidth: 4.8 TB/s at 0.7 us is
@@ -63,6 +61,10 @@ def seconds(config: Tile, problem: Problem, kernel: Kernel, chip: Chip) -> float
     rows, outputs = problem["rows"], problem["outputs"]
     bm, bn, split = sizes.get("BM", 1), sizes.get("BN", 1), sizes.get("SPLIT", 1)
     row_blocks, column_blocks = -(-rows // bm), -(-outputs // bn)
+    padded = row_blocks * bm * column_blocks * bn / max(rows * outputs, 1)
+    if kernel.grid is not None:
+        row_blocks, column_blocks, split = kernel.grid(config, problem)
+        padded = row_blocks * bm / max(rows, 1)
     blocks = row_blocks * column_blocks * split
     resident = max(1, min(8, 16 // config.warps))
     together = min(blocks, chip.units * resident)
@@ -74,7 +76,6 @@ def seconds(config: Tile, problem: Problem, kernel: Kernel, chip: Chip) -> float
     joined = 8.0 * split * rows * outputs if split > 1 else 0.0
     reads = amount.bytes + joined + (column_blocks - 1) * amount.activation_bytes * 0.02
     memory = reads / (chip.bandwidth * _MEMORY * max(filled, 0.05))
-    padded = row_blocks * bm * column_blocks * bn / max(rows * outputs, 1)
     share = min(1.0, bm * bn / (128 * 128)) ** 0.5
     used = min(1.0, blocks / chip.units)
     compute = amount.flops * padded * idle / (chip.rate * _COMPUTE * share * used)
@@ -125,7 +126,10 @@ def choose(
             same_code = _unsplit(config)
             if same_code in refused:
                 continue
-            made = {one.key(): compile_launch(one, arch, cache) for one in launches(bucket, config)}
+            made = {
+                key: found.binaries.get(key) or compile_launch(one, arch, cache)
+                for one in launches(bucket, config) for key in (one.key(),)
+            }  # fmt: skip
             reason = next((r for b in made.values() if (r := b.refusal(arch))), None)
             if reason is None:
                 found.tiles[bucket] = config

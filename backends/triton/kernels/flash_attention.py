@@ -145,14 +145,15 @@ def join_attention(
 
 def call(
     run: Runner, config: Tile, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False,
-    window: int | None = None, scale: float | None = None, k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
+    window: int | None = None, scale: float | None = None, offset: int | None = None,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(outputs (batch, heads, queries, width), log2 of each row's sum of weights, fp32).
 
     ``k`` and ``v`` (batch, key heads, keys, width) may be views whose last axis is contiguous;
-    int8, or e4m3 given as uint8, with fp32 scales (batch, key heads, keys). Causal masks let the
-    last query see the last key. A row that sees no key is 0.
+    int8, or e4m3 given as uint8, with fp32 scales (batch, key heads, keys). Causal masks let query
+    ``i`` see keys up to ``i + offset``, where it is not given so that the last sees all. A row that
+    sees no key is 0.
     """
     batch, q_heads, queries, width = q.shape
     heads, keys = k.shape[1], k.shape[2]
@@ -179,8 +180,8 @@ def call(
                 "q": q, "k": k, "v": v, "k_scale": scales,
                 "v_scale": lse if v_scale is None else v_scale, "out": made, "lse": levels,
                 "scale": float(factor), "heads": heads, "group": group, "queries": queries,
-                "keys": keys, "width": width, "offset": keys - queries,
-                "window": window or 0, "share": share,
+                "keys": keys, "width": width, "window": window or 0, "share": share,
+                "offset": keys - queries if offset is None else offset,
                 "q_batch": q.stride(0), "q_head": q.stride(1), "q_token": q.stride(2),
                 "k_batch": k.stride(0), "k_head": k.stride(1), "k_token": k.stride(2),
                 "v_batch": v.stride(0), "v_head": v.stride(1), "v_token": v.stride(2),
@@ -231,13 +232,23 @@ def legal(config: Tile, problem: Problem) -> str | None:
     return None
 
 
+def grid(config: Tile, problem: Problem) -> tuple[int, int, int]:
+    """Blocks of rows, of heads, and of keys."""
+    keys = -(-problem["keys"] // config["BN"])
+    blocks = -(-problem["rows"] // config["BM"])
+    return blocks, problem["batch"] * problem["heads"], min(config["SPLIT"], keys)
+
+
 def work(problem: Problem) -> Amount:
-    """Operations and bytes; a causal mask halves the operations."""
-    rows, heads, keys = problem["rows"], problem["heads"], problem["keys"]
-    width, batch = problem["width"], problem["batch"]
-    flops = 4.0 * batch * rows * keys * width * problem["outputs"] / max(width, 1)
-    cache = 2.0 * batch * heads * keys * width * problem["keysize"]
-    return Amount(flops, cache, 2.0 * batch * rows * problem["outputs"] * problem["itemsize"])
+    """Operations and bytes; ``rows`` are the queries of all heads that share one of keys."""
+    heads = problem["batch"] * problem["heads"]
+    rows, keys, width = problem["rows"], problem["keys"], problem["width"]
+    share = 0.5 if problem["causal"] else 1.0
+    cache = 2.0 * heads * keys * width * problem["keysize"]
+    return Amount(
+        4.0 * heads * rows * keys * width * share, cache,
+        2.0 * heads * rows * width * problem["itemsize"],
+    )  # fmt: skip
 
 
 def space(problem: Problem) -> list[Tile]:

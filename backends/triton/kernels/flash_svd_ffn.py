@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mopt.backends.triton.kernel import compute_type, next_power_of_2
+from mopt.backends.triton.kernel import Amount, Problem, compute_type, next_power_of_2
 from mopt.backends.triton.kernels._numbers import activated
 from mopt.backends.triton.launch import Launch, Runner, Tile, tile
 
@@ -120,3 +120,31 @@ def reference(
         return found
     found = (function(gate[0] @ gate[1]) * middle) @ down
     return found
+
+
+def legal(config: Tile, problem: Problem) -> str | None:
+    """Why a tile cannot compute a problem, or None."""
+    widest = max(problem["rank"], problem["rank_out"])
+    if widest > LARGEST_RANK:
+        return f"sums of rank {widest} do not fit registers, at most {LARGEST_RANK}"
+    if config["BM"] * next_power_of_2(problem["rank_out"]) > 32 * 512:
+        return "a large rank leaves registers for 32 rows"
+    return None
+
+
+def grid(config: Tile, problem: Problem) -> tuple[int, int, int]:
+    """Blocks of rows; each goes over the whole middle."""
+    return -(-problem["rows"] // config["BM"]), 1, 1
+
+
+def work(problem: Problem) -> Amount:
+    """Operations and bytes; every block of rows reads the weights again, from the cache."""
+    rows, inner, size = problem["rows"], problem["inner"], problem["itemsize"]
+    widths = problem["rank"] * (2 if problem["gated"] else 1) + problem["rank_out"]
+    return Amount(2.0 * rows * inner * widths, size * inner * widths, size * rows * widths)
+
+
+def space(problem: Problem) -> list[Tile]:
+    """Tiles worth trying."""
+    shapes = ((64, 32, 8, 2), (32, 32, 8, 2), (64, 64, 8, 2), (32, 64, 4, 2), (16, 32, 4, 2))
+    return [tile(w, s, BM=m, BD=d) for m, d, w, s in shapes]

@@ -20,8 +20,9 @@ PADDED = 128
 def linear_bytes(
     a, b, row_scale, column_scale, zero, sums, bias, out,
     rows, outputs, columns, padded, row_step,
-    KIND: tl.constexpr, ACTIVATION: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, ARCH: tl.constexpr,
+    KIND: tl.constexpr, UNSIGNED: tl.constexpr, ACTIVATION: tl.constexpr, HAS_ZERO: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    EVEN: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     """One block of ``activation((a - zero) @ b.T * row_scale * column_scale + bias)``."""
     # Blocks that run together share rows of the weight: eight of them down a column.
@@ -46,6 +47,9 @@ def linear_bytes(
         if not EVEN:
             mask = mask & (at < columns)[None, :]
         x = tl.load(left + at[None, :], mask=mask, other=0)
+        if UNSIGNED:
+            # Less 128, which flips the highest bit; columns outside meet weights of 0.
+            x = (x ^ 128).to(tl.int8, bitcast=True)
         w = tl.load(right + at[:, None])
         acc = product_of_bytes(x, w, acc, KIND, BK, ARCH)
     if HAS_ZERO:
@@ -66,6 +70,7 @@ def call(
 ) -> Tensor:  # fmt: skip
     """``a`` (rows, K) and ``b`` (N padded, K padded) in 8 bits: int8, or e4m3 given as uint8.
 
+    Where ``b`` is int8, ``a`` may be uint8 and stands for its codes less 128.
     ``row_scale`` fp32 (rows) or (1); ``column_scale`` fp32 (N padded). ``zero`` int32 (1) is taken
     from every entry of ``a``, for which ``sums`` int32 (N padded) of the rows of ``b`` are needed.
     """
@@ -87,7 +92,8 @@ def call(
                 "row_step": 0 if row_scale.numel() == 1 else 1,
             },
             {
-                "KIND": kind, "ACTIVATION": activation, "HAS_ZERO": zero is not None,
+                "KIND": kind, "UNSIGNED": kind == "int8" and a.dtype == torch.uint8,
+                "ACTIVATION": activation, "HAS_ZERO": zero is not None,
                 "HAS_BIAS": bias is not None, **config.constants,
                 "EVEN": columns % config["BK"] == 0,
             },

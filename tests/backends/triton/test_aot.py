@@ -10,7 +10,7 @@ from mopt.backends.triton.architectures import ARCHITECTURES
 from mopt.backends.triton.catalogue import Entry, catalogue, empty, empty_weight
 from mopt.backends.triton.kernels import linear_codes
 from mopt.backends.triton.launch import Launch, tile
-from mopt.backends.triton.layers import LINEAR_CODES, CodesLinear
+from mopt.backends.triton.lowerings.linear_codes import LINEAR_CODES, CodesLinear
 from mopt.backends.triton.tiles import chip_of, choose, ranked, seconds
 from mopt.device import find_device
 from mopt.errors import LoweringError
