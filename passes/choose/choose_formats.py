@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from mopt.budget import Budget
 from mopt.choice import Baseline
 from mopt.formats import find_format
+from mopt.machine import trim_heap
 from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
 from mopt.passes.choose._explain import explain
 from mopt.passes.choose._limits import (
@@ -302,19 +303,25 @@ class ChooseFormats(Pass):
         )
         sample = _spread(len(sites), max(round(share * len(sites)), min(len(sites), 3)))
         logs: dict[str, list[float]] = {}
-        for index, one in enumerate(sites):
-            ctx.progress.step(index, len(sites), "groups of layers")
+        for one in sites:
             ctx.check_time(f"estimating what formats of {one.name} cost")
             layers = {layer.path: layer for layer in one.layers}
             for option_ in one.options[1:]:
                 option_.loss = sum(cheap(layers[p], name) for p, name in option_.formats.items())
                 option_.loss_source = "estimated"
-                if index in sample:
-                    exact = losses.exact(option_.formats)
-                    if exact > 0 and option_.loss > 0:
-                        ratio = math.log(exact / option_.loss)
-                        logs.setdefault(option_.name, []).append(ratio)
-                    option_.loss, option_.loss_source = exact, "exact"
+        # The gradients of all layers would stay while candidates are placed.
+        del cheap
+        trim_heap()
+        for index in sorted(sample):
+            one = sites[index]
+            ctx.progress.step(index, len(sites), "groups of layers")
+            ctx.check_time(f"measuring what formats of {one.name} cost")
+            for option_ in one.options[1:]:
+                exact = losses.exact(option_.formats)
+                if exact > 0 and option_.loss > 0:
+                    ratio = math.log(exact / option_.loss)
+                    logs.setdefault(option_.name, []).append(ratio)
+                option_.loss, option_.loss_source = exact, "exact"
         every = [value for found in logs.values() for value in found]
         middle = median(every) if every else 0.0
         for one in sites:
