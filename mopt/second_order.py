@@ -43,12 +43,15 @@ def inverse_factor(
 ) -> tuple[Tensor | None, float | None]:
     """U with inverse(H + damping) = U^T U, float64, columns in ``order``; and the damping it took.
 
-    One matrix of float64 is held beside ``h`` and one in the dtype of ``h``.
+    One matrix of float64 is held beside ``h``.
     """
     tried = damping
     while True:
         # A symmetric matrix by columns is what LAPACK factors and inverts in place.
-        matrix = h[order[:, None], order].double().t()
+        matrix = torch.empty(h.shape, dtype=torch.float64, device=h.device).t()
+        for start in range(0, len(h), _COLUMNS):
+            at = slice(start, start + _COLUMNS)
+            matrix[:, at] = h[order[at, None], order].t()
         failed = torch.empty((), dtype=torch.int32, device=h.device)
         matrix.diagonal().add_(tried * scale)
         torch.linalg.cholesky_ex(matrix, out=(matrix, failed))

@@ -106,7 +106,7 @@ class Stream:
             flat = value.detach().reshape(-1, width).float()
             total.addmm_(flat.t(), flat)
             rows += len(flat)
-        return total / max(rows, 1)
+        return total.div_(max(rows, 1))
 
     def replace_value(self, node: fx.Node, tensor: Tensor) -> None:
         """Let the nodes still to come see ``tensor`` as the value of ``node`` in every batch."""
@@ -128,7 +128,7 @@ class Stream:
             flat = value.detach().reshape(-1, width).float()
             total.addmm_((reference.detach().reshape(-1, width).float() - flat).t(), flat)
             rows += len(flat)
-        return total / max(rows, 1)
+        return total.div_(max(rows, 1))
 
     def _step(self, batch: dict[fx.Node, Any], at: int) -> None:
         node = self._nodes[at]

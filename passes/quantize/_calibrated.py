@@ -91,8 +91,8 @@ def visit_groups(
     moments: dict[tuple[fx.Node, ...], Moments] = {}
     for group, value, last in visit_inputs(program, stream, groups, original):
         count = len(group.inputs)
-        drift = None if original is None else stream.drift(value, original) / count
-        share = Moments(stream.second_moment(value) / count, drift)
+        drift = None if original is None else stream.drift(value, original).div_(count)
+        share = Moments(stream.second_moment(value).div_(count), drift)
         known = moments.pop(group.inputs, None)
         moments[group.inputs] = share if known is None else known.plus(share)
         del drift, share, known  # while its reader works, nothing else is held
@@ -196,6 +196,7 @@ def _by_rows(
             aim = rows if shift is None else (rows.float() + rows.float() @ shift).to(weight.dtype)
             piece, remarks = encode(layer, aim, form, moment)
             said.update(remarks)
+            trim_heap()
             yield piece
 
     return Encoded.join(pieces(), len(weight)), said

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from mopt.formats import Grid, GridFormat
+from mopt.formats.base import row_pieces
 from mopt.formats.grid import SCALE_FLOOR
-from mopt.second_order import inverse_factor, output_error, row_errors, times_moment
+from mopt.second_order import inverse_factor, times_moment
 
 _BLOCK = 128
 # A code moves only if that lowers the error by more than rounding noise of the sums behind it.
@@ -47,12 +48,13 @@ class Rounded:
 class Inputs:
     """What rounding needs of a layer's inputs, made once for all rows of all layers that read them.
 
-    ``h`` is the second moment with its damping, float32; ``order`` that in which columns are
-    rounded; ``factor`` the upper Cholesky factor of the inverse in it, float32, None where no
-    damping made the moment regular.
+    ``moment`` is their second moment, float32, and ``added`` (K) what is added to its diagonal;
+    ``order`` is that in which columns are rounded and ``factor`` the upper Cholesky factor of the
+    inverse in it, float32, None where no damping made the moment regular.
     """
 
-    h: Tensor
+    moment: Tensor
+    added: Tensor
     order: Tensor
     factor: Tensor | None
     damping: float | None
@@ -66,23 +68,32 @@ class Inputs:
         left to make up for them. The damping is raised tenfold, up to 0.1, where the moment cannot
         be factored.
         """
-        h = moment.float().clone()
-        diagonal = h.diagonal()
+        moment = moment.float()
+        diagonal = moment.diagonal()
         dead = diagonal <= 0
-        h[dead] = 0
-        h[:, dead] = 0
-        diagonal[dead] = 1
         scale = float(diagonal[~dead].double().mean()) if not bool(dead.all()) else 1.0
-        order = torch.arange(len(h), device=h.device)
+        order = torch.arange(len(moment), device=moment.device)
         if by_activation:
             order = torch.argsort(torch.where(dead, 0, diagonal), descending=True, stable=True)
-        found, used = inverse_factor(h, order, damping, scale)
+        if bool(dead.any()):
+            moment = moment.clone()
+            moment[dead] = 0
+            moment[:, dead] = 0
+            moment.diagonal()[dead] = 1
+        found, used = inverse_factor(moment, order, damping, scale)
         if found is None or used is None:
-            return Inputs(h, order, None, None)
-        factor = found.float().contiguous()
-        del found
-        diagonal += used * scale
-        return Inputs(h, order, factor, used)
+            return Inputs(moment, torch.zeros_like(diagonal), order, None, None)
+        added = torch.full_like(diagonal, used * scale)
+        return Inputs(moment, added, order, found.float().contiguous(), used)
+
+    def times(self, rows: Tensor) -> Tensor:
+        """``rows`` (n, K) times H, float64."""
+        return times_moment(rows, self.moment).addcmul_(rows.double(), self.added)
+
+    def errors(self, difference: Tensor) -> Tensor:
+        """d H d^T of each row d (n), float64."""
+        pieces = (difference[at] for at in row_pieces(difference))
+        return torch.cat([self.times(d).mul_(d).sum(1) for d in pieces])
 
 
 def round_with_feedback(
@@ -91,12 +102,12 @@ def round_with_feedback(
     """Round ``weight`` (N, K) to ``grid`` for such inputs; its rows do not depend on each other."""
     w = weight.float()
     group = form.group_of(w.shape[1])
-    h, order = inputs.h, inputs.order
     if inputs.factor is None:
         nearest = form.quantize_columns(w, grid, group, 0)
-        return Rounded(nearest, grid, None, output_error(w - nearest, h))
-    rounded, feedback = _feed_back(w, inputs.factor, order, form, grid, group)
-    result = Rounded(rounded, grid, inputs.damping, output_error(w - rounded, h), feedback)
+        return Rounded(nearest, grid, None, float(inputs.errors(w - nearest).sum()))
+    rounded, feedback = _feed_back(w, inputs.factor, inputs.order, form, grid, group)
+    error = float(inputs.errors(w - rounded).sum())
+    result = Rounded(rounded, grid, inputs.damping, error, feedback)
     for _ in range(refinements):
         better = _refine(w, inputs, form, result, group)
         if better.error >= result.error:
@@ -130,12 +141,14 @@ def _feed_back(
 
 def _refine(w: Tensor, inputs: Inputs, form: GridFormat, found: Rounded, group: int) -> Rounded:
     """One fit of the scales and one sweep over the codes; each row keeps what is better."""
-    h = inputs.h
-    grid = _fitted(w, h, found, group)
     levels = found.weight / _per_column(found.grid.scales, w.shape[1], group)
-    moved = levels.round() * _per_column(grid.scales, w.shape[1], group)
-    swept = _sweep(w, inputs, form, grid, group, moved)
-    before, after = row_errors(w - found.weight, h), row_errors(w - swept, h)
+    levels.round_()
+    grid = replace(found.grid, scales=torch.cat([
+        _fitted(w[at], inputs, levels[at], found.grid.scales[at], group) for at in row_pieces(w)
+    ]))  # fmt: skip
+    levels *= _per_column(grid.scales, w.shape[1], group)
+    swept = _sweep(w, inputs, form, grid, group, levels)
+    before, after = inputs.errors(w - found.weight), inputs.errors(w - swept)
     better = after < before
     scales = torch.where(better[:, None], grid.scales, found.grid.scales)
     weight = torch.where(better[:, None], swept, found.weight)
@@ -147,42 +160,45 @@ def _per_column(per_group: Tensor, columns: int, group: int) -> Tensor:
     return per_group.float().repeat_interleave(group, dim=1)[:, :columns]
 
 
-def _fitted(w: Tensor, h: Tensor, found: Rounded, group: int) -> Grid:
+def _fitted(w: Tensor, inputs: Inputs, levels: Tensor, scales: Tensor, group: int) -> Tensor:
     """Scales with the least output error for the codes at hand: normal equations per row."""
     columns = w.shape[1]
-    old = found.grid.scales.double()
+    old, levels = scales.double(), levels.double()
     groups = old.shape[1]
-    levels = (found.weight / _per_column(found.grid.scales, columns, group)).round().double()
     pad = groups * group - columns
     split = torch.nn.functional.pad(levels, (0, pad)).unflatten(1, (groups, group))
-    target = torch.nn.functional.pad(times_moment(w, h), (0, pad)).unflatten(1, (groups, group))
+    target = torch.nn.functional.pad(inputs.times(w), (0, pad)).unflatten(1, (groups, group))
     right = (split * target).sum(2)
     left = torch.empty(len(w), groups, groups, dtype=torch.float64, device=w.device)
     for at in range(groups):
         own = slice(at * group, min((at + 1) * group, columns))
-        reach = torch.nn.functional.pad(levels[:, own] @ h[own].double(), (0, pad))
-        left[:, at] = (split * reach.unflatten(1, (groups, group))).sum(2)
+        part = levels[:, own] @ inputs.moment[own].double()
+        part[:, own].addcmul_(levels[:, own], inputs.added[own])
+        reach = torch.nn.functional.pad(part, (0, pad)).unflatten(1, (groups, group))
+        left[:, at] = (split * reach).sum(2)
     # Groups whose codes are all zero have no say; a tiny ridge towards the old scale keeps them.
     ridge = 1e-6 * left.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
     left.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
     solved = torch.linalg.solve(left, right + ridge[:, None] * old)
-    stored = solved.to(found.grid.scales.dtype).double()
+    stored = solved.to(scales.dtype).double()
     ratio = stored / old
     sound = torch.isfinite(ratio) & (ratio > 0.5) & (ratio < 2) & (stored.abs() > SCALE_FLOOR)
-    return replace(found.grid, scales=torch.where(sound, stored, old).float())
+    return torch.where(sound, stored, old).float()
 
 
 def _sweep(
     w: Tensor, inputs: Inputs, form: GridFormat, grid: Grid, group: int, start: Tensor
 ) -> Tensor:
     """Move each code in turn to where the error of the output is least, the others fixed."""
-    h, order = inputs.h, inputs.order
-    result = start[:, order].clone()
-    slope = ((w - start) @ h)[:, order]
+    order = inputs.order
+    result = start[:, order]
+    difference = w - start
+    slope = (difference @ inputs.moment).addcmul_(difference, inputs.added)[:, order]
     columns = order.tolist()
     for first in range(0, len(columns), _BLOCK):
         stop = min(first + _BLOCK, len(columns))
-        reach = h[order[first:stop]][:, order]
+        reach = inputs.moment[order[first:stop]][:, order]
+        reach[:, first:].diagonal().add_(inputs.added[order[first:stop]])
         moves = torch.zeros(len(w), stop - first, device=w.device)
         for at in range(first, stop):
             curvature = reach[at - first, at]

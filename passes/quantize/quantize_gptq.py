@@ -11,6 +11,7 @@ from torch import Tensor
 from mopt.formats import Encoded, GridFormat
 from mopt.formats.int_blocks import IntBlocks
 from mopt.layers import Layer
+from mopt.machine import trim_heap
 from mopt.pass_base import (
     NEEDS_DATA,
     Numerics,
@@ -121,6 +122,7 @@ class _Encoder:
             self._known = None  # before the next factor is made
             inputs = Inputs.of(moment, damping=options.damping, by_activation=by_activation)
             self._known = moment, inputs
+            trim_heap()
         grid = grid_for(form, weight, moment, options.ranges)
         rounded = round_with_feedback(
             weight, self._known[1], form, grid, refinements=options.refinements

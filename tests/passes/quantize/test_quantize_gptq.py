@@ -12,10 +12,11 @@ from mopt.formats.int_blocks import IntBlocks
 from mopt.lowering import lower
 from mopt.pass_base import PassContext
 from mopt.passes.quantize._calibrated import Moments, correction, grid_for
-from mopt.passes.quantize._gptq import Inputs, output_error, round_with_feedback
+from mopt.passes.quantize._gptq import Inputs, round_with_feedback
 from mopt.pipeline import Pipeline
 from mopt.program import Program
 from mopt.registry import make_pass
+from mopt.second_order import output_error
 from tests import tiny
 from tests.case import Case, Sample
 from tests.passes.quantize.calibrated import batches_for, correlated, one_linear, run_with
