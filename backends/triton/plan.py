@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from mopt.backends.triton.aot import Binary
 from mopt.backends.triton.architectures import ARCHITECTURES, NVIDIA, Architecture
+from mopt.backends.triton.chains import VIEWS, chained_calls
 from mopt.backends.triton.interpreter import run_interpreted
 from mopt.backends.triton.kernel import Problem
 from mopt.backends.triton.launch import Launch, Tile
@@ -32,14 +33,6 @@ _CHECKED_OUTPUTS = 48
 # The largest error of a checked kernel relative to the largest output, by the input's type. Both
 # sides round inputs and weights in the type itself; what is left is the order of additions.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
-
-_aten = torch.ops.aten
-_VIEWS = frozenset({
-    _aten.view.default, _aten.reshape.default, _aten.transpose.int, _aten.permute.default,
-    _aten.unflatten.int, _aten.flatten.using_ints, _aten.unsqueeze.default, _aten.slice.Tensor,
-    _aten.expand.default, _aten.chunk.default, _aten.select.int, _aten.squeeze.dim,
-    _aten.detach.default, _aten.alias.default, _aten.t.default,
-})  # fmt: skip
 
 
 @dataclass
@@ -178,20 +171,26 @@ def operators_left(
 ) -> tuple[float, list[dict[str, Any]]]:
     """The share of the estimated time that kernels take, and the operators that PyTorch runs.
 
-    Of those how often they are called and their share; the largest first. Times are what the
-    operations or the bytes of each call take on the chip, the longer of both, and its launch.
+    Of those how often they are called, their share, and whether Inductor takes them as part of a
+    chain; the largest first. Times are what the operations or the bytes of each call take on the
+    chip, the longer of both, and its launch.
     """
+    owner = graph.owning_module
+    assert isinstance(owner, fx.GraphModule)
     taken = {node for site in sites for node in site.nodes}
     times = {node: _seconds(node, chip) for node in graph.nodes if node.op == "call_function"}
     total = sum(times.values()) or 1.0
-    counts: dict[str, list[float]] = {}
+    chained = chained_calls(owner, taken)
+    counts: dict[tuple[str, str], list[float]] = {}
     for node, seconds in times.items():
         if node not in taken:
-            entry = counts.setdefault(str(node.target), [0, 0.0])
+            by = "inductor" if node in chained else "eager"
+            entry = counts.setdefault((str(node.target), by), [0, 0.0])
             entry[0] += 1
             entry[1] += seconds / total
     ordered = sorted(counts.items(), key=lambda item: -item[1][1])
-    left = [{"operator": name, "calls": int(n), "time": share} for name, (n, share) in ordered]
+    left = [{"operator": name, "by": by, "calls": int(n), "time": share}
+            for (name, by), (n, share) in ordered]  # fmt: skip
     return sum(times[node] for node in taken) / total, left
 
 
@@ -204,6 +203,6 @@ def _seconds(node: fx.Node, chip: Chip) -> float:
         for source in (node, *node.all_input_nodes)
         if isinstance(value := source.meta.get("val"), Tensor)
     )
-    if not moved or (not flops and node.target in _VIEWS):
+    if not moved or (not flops and node.target in VIEWS):
         return 0.0
     return max(flops / chip.rate, moved / chip.bandwidth) + chip.launch

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from mopt.backends.triton.architectures import Architecture, running_architecture
+from mopt.backends.triton.chains import compile_chains
 from mopt.backends.triton.graphs import GraphReplay
 from mopt.backends.triton.kernel import Problem
 from mopt.backends.triton.kernel_file import StoredKernels, read_binary, read_kernels
@@ -75,6 +76,7 @@ def open_runner(
     run, tiles = _gpu_runner(stored, folder, arch, trust), _tiles(stored, arch.name)
     for layer in layers:
         layer.bind(run, tiles)
+    compile_chains(module)
     return ModuleRunner(module, "cuda", threads)
 
 

@@ -136,19 +136,21 @@ def _levels(module: fx.GraphModule, node: fx.Node) -> Site | Left:
         decoded = _mopt.decode_levels.default(c, s, t, *rest)
         return torch.nn.functional.linear(values, decoded.to(values.dtype), b)
 
-    return _site(node, columns, make, reference)
+    covers = (weight,) if len(weight.users) == 1 else ()
+    return _site(node, columns, make, reference, covers)
 
 
 def _site(
-    node: fx.Node, columns: int, make: Callable[[int], KernelLayer], reference: Callable[..., Any]
-) -> Site | Left:
+    node: fx.Node, columns: int, make: Callable[[int], KernelLayer], reference: Callable[..., Any],
+    covers: tuple[fx.Node, ...] = (),
+) -> Site | Left:  # fmt: skip
     x = node.args[0]
     value = value_of(x)
     assert isinstance(x, fx.Node) and value is not None
     if value.dtype not in FLOATS:
         return Left(node, f"inputs in {value.dtype}")
     dtype = value.dtype
-    return Site(node, (x,), dtype, make, reference, rows_sample(columns, dtype))
+    return Site(node, (x,), dtype, make, reference, rows_sample(columns, dtype), covers)
 
 
 LOWERING = Lowering((LINEAR_CODES,), _find)

@@ -106,7 +106,8 @@ def _site(module: fx.GraphModule, node: fx.Node) -> Site | Left:
         values = torch.randint(0, 256, (3, columns), generator=generator) - (128 - middle)
         return (values.to(zero.dtype),)
 
-    covers = () if root is node else (node,)
+    inside = (*(() if root is node else (node,)), x, weight)
+    covers = tuple(one for one in inside if len(one.users) == 1)
     return Site(root, (source,), dtype, make, reference, sample, covers)
 
 
