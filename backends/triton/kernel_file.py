@@ -63,6 +63,7 @@ def write_kernels(plan: Plan, folder: Path) -> list[str]:
         "share": plan.share,
         "checked": plan.checked,
         "rejected": [vars(one) for one in plan.rejected],
+        "measured": plan.measured,
         "values": plan.values,
         "tables": tables,
         "binaries": entries,

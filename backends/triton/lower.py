@@ -62,13 +62,16 @@ class TritonBackend:
         from mopt.backends.triton.kernel_file import write_kernels
         from mopt.backends.triton.plan import make_plan
         from mopt.backends.triton.rewrite import find_sites
+        from mopt.backends.triton.tuning import timer_here
 
         triton_version()
         device = find_device(target)
         arch = architecture_of("host" if device.is_host else device.id)
         files = _graph_files().lower(program, folder, signature)
         sites, left = find_sites(program.graph_module)
-        plan = make_plan(sites, left, program.graph, arch, device, Cache())
+        # The target is this machine's own GPU: there tiles are timed instead of estimated.
+        timer = timer_here if device.is_host else None
+        plan = make_plan(sites, left, program.graph, arch, device, Cache(), timer)
         return [*files, *write_kernels(plan, folder)]
 
     def open(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,9 @@ _CHECKED_OUTPUTS = 48
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
 
+MakeTimer = Callable[[KernelLayer, torch.dtype, Architecture], Callable[[int, Tile], float]]
+
+
 @dataclass
 class Lowered:
     """One call that goes to a kernel."""
@@ -50,7 +53,8 @@ class Plan:
     """Everything a lowering decided. ``tables``: architecture, problem, bucket of rows, tile.
 
     ``share`` is that of the estimated time in kernels, ``pytorch`` what runs beside them;
-    ``values`` are the types and shapes that patterns ask for when the model is loaded.
+    ``values`` are the types and shapes that patterns ask for when the model is loaded;
+    ``measured`` the seconds of tiles that were timed: problem, bucket of rows, tile.
     """
 
     target: str
@@ -63,6 +67,7 @@ class Plan:
     share: float = 0.0
     pytorch: list[dict[str, Any]] = field(default_factory=list)
     values: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, dict[int, dict[str, float]]] = field(default_factory=dict)
 
 
 def architectures_for(target: Architecture) -> list[Architecture]:
@@ -73,9 +78,12 @@ def architectures_for(target: Architecture) -> list[Architecture]:
 
 def make_plan(
     sites: Sequence[Site], left: Sequence[Left], graph: fx.Graph, target: Architecture,
-    device: DeviceProfile, cache: Cache | None,
+    device: DeviceProfile, cache: Cache | None, timer: MakeTimer | None = None,
 ) -> Plan:  # fmt: skip
-    """Choose tiles, compile them and check every kernel once on this model's own weights."""
+    """Choose tiles, compile them and check every kernel once on this model's own weights.
+
+    ``timer`` makes what times tiles of a layer for the target; without it they are estimated.
+    """
     plan = Plan(target.name, values=values_as_json(graph))
     distinct: dict[str, tuple[Site, KernelLayer, torch.dtype]] = {}
     for site in sites:
@@ -90,7 +98,8 @@ def make_plan(
         profile = device if arch is target else find_device(_TYPICAL[arch.name])
         for key, (_, layer, dtype) in distinct.items():
             try:
-                _add(plan, key, layer, dtype, arch, profile, cache)
+                timed = timer(layer, dtype, arch) if timer and arch is target else None
+                _add(plan, key, layer, dtype, arch, profile, cache, timed)
             except LoweringError as error:
                 # Only the target must be served; elsewhere such a call is compiled when it comes.
                 if arch is target or error.code != "no-legal-tile":
@@ -109,13 +118,15 @@ def make_plan(
 
 def _add(
     plan: Plan, key: str, layer: KernelLayer, dtype: torch.dtype, arch: Architecture,
-    profile: DeviceProfile, cache: Cache | None,
+    profile: DeviceProfile, cache: Cache | None, timer: Callable[[int, Tile], float] | None,
 ) -> None:  # fmt: skip
     def launches(rows: int, config: Tile) -> list[Launch]:
         return layer.launches(rows, dtype, config)
 
     problems = {rows: layer.problem(rows, dtype) for rows in layer.buckets}
-    found = choose(problems, layer.kernel, launches, arch, chip_of(profile), cache)
+    found = choose(problems, layer.kernel, launches, arch, chip_of(profile), cache, timer)
+    if found.measured:
+        plan.measured[key] = found.measured
     plan.tables.setdefault(arch.name, {})[key] = found.tiles
     plan.binaries.setdefault(arch.name, {}).update(found.binaries)
     plan.rejected.extend(found.rejected)

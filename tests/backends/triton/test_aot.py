@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -9,9 +11,10 @@ from mopt.backends.triton import aot
 from mopt.backends.triton.architectures import ARCHITECTURES
 from mopt.backends.triton.catalogue import Entry, catalogue, empty, empty_weight
 from mopt.backends.triton.kernels import linear_codes
-from mopt.backends.triton.launch import Launch, tile
+from mopt.backends.triton.launch import Launch, Recorder, Tile, tile
 from mopt.backends.triton.lowerings.linear_codes import LINEAR_CODES, CodesLinear
 from mopt.backends.triton.tiles import chip_of, choose, ranked, seconds
+from mopt.backends.triton.tuning import LayerTimer
 from mopt.device import find_device
 from mopt.errors import LoweringError
 
@@ -70,6 +73,43 @@ def test_a_refused_tile_is_reported_and_gives_way_to_another() -> None:
     with pytest.raises(LoweringError) as caught:
         choose(problems, only, make, arch, chip, None)
     assert caught.value.code == "no-legal-tile" and "shared memory" in str(caught.value.hint)
+
+
+def test_with_a_gpu_the_fastest_of_the_first_few_is_taken() -> None:
+    found, arch = layer(), ARCHITECTURES["sm_90"]
+    slow, fast, huge = (
+        tile(4, 2, BM=32, BN=64, SPLIT=1), tile(4, 2, BM=32, BN=32, SPLIT=1),
+        tile(8, 8, BM=128, BN=128, SPLIT=1),
+    )  # fmt: skip
+    kernel = type(LINEAR_CODES)(
+        "linear-codes", lambda problem: [slow, huge, fast], lambda config, problem: None,
+        LINEAR_CODES.work,
+    )  # fmt: skip
+    calls: list[tuple[int, str]] = []
+
+    def clock(call: Callable[[], object]) -> float:
+        call()
+        return {str(slow): 3e-5, str(fast): 2e-5}[calls[-1][1]]
+
+    recorder = Recorder()
+    timer = LayerTimer(found, torch.bfloat16, recorder, "meta", clock)
+
+    def timed(rows: int, config: Tile) -> float:
+        calls.append((rows, str(config)))
+        return timer(rows, config)
+
+    choice = choose(
+        {32: found.problem(32, torch.bfloat16)}, kernel,
+        lambda rows, config: found.launches(rows, torch.bfloat16, config), arch,
+        chip_of(find_device("h200")), None, timed,
+    )  # fmt: skip
+    assert choice.tiles == {32: fast} and choice.measured == {
+        32: {str(slow): 3e-5, str(fast): 2e-5}
+    }
+    # A tile that does not fit is not run; both others ran once with their own sizes.
+    assert {rows for rows, _ in calls} == {32} and len(calls) == 2
+    assert {one.constants["BN"] for one in recorder.launches.values()} == {32, 64}
+    assert len(choice.binaries) == 1
 
 
 def test_a_kernel_the_compiler_refuses_is_named() -> None:
