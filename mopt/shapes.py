@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 _ORIGIN = "mopt_shape_origin"
@@ -43,14 +44,20 @@ class _Derivation(FakeTensorProp):
 
 
 def _origin(module: torch.nn.Module, node: fx.Node) -> tuple[Any, ...] | None:
-    """What decides the shape of a node, without references to other nodes; None if unknown."""
+    """What decides the shape of a node, whatever its inputs are called; None if unknown."""
     if node.op == "get_attr":
         weight = attrgetter(str(node.target))(module)
         return (node.target, _description(weight)) if isinstance(weight, Tensor) else None
     if not isinstance(node.target, torch._ops.OpOverload):
         return None
-    inputs = tuple(_description(source.meta.get("val")) for source in node.all_input_nodes)
-    return (str(node.target), repr(node.args), repr(dict(node.kwargs)), inputs)
+    inputs: list[Any] = []
+
+    def described(source: fx.Node) -> str:
+        inputs.append(_description(source.meta.get("val")))
+        return "%"
+
+    args, kwargs = map_arg((node.args, dict(node.kwargs)), described)
+    return (str(node.target), repr(args), repr(kwargs), tuple(inputs))
 
 
 def _description(value: Any) -> Any:
