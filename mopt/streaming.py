@@ -23,8 +23,8 @@ from mopt.program import Program, site_of
 class Stream:
     """All calibration batches at one point of a program's graph.
 
-    The graph must not be edited while the stream is in use. ``peak_bytes`` is the most that the
-    held values took so far.
+    The graph must not be edited while the stream is in use. ``held_bytes`` are those of the values
+    that wait, ``peak_bytes`` the most that they and what :meth:`reserve` was told of took so far.
     """
 
     def __init__(self, program: Program, calls: Iterable[Call], ctx: PassContext) -> None:
@@ -34,7 +34,7 @@ class Stream:
         self._ctx = ctx
         self._weights: dict[tuple[fx.Node, fx.Node], Tensor] = {}
         self._position = 0
-        self.peak_bytes = 0
+        self.held_bytes = self.peak_bytes = 0
         self._dies: list[list[fx.Node]] = [[] for _ in self._nodes]
         for at, node in enumerate(self._nodes):
             self._dies[max([at, *(self._index[user] for user in node.users)])].append(node)
@@ -69,12 +69,19 @@ class Stream:
                 held += _tensor_bytes(batch.values())
         self._forget(self._position, stop)
         trim_heap()
-        self._position = stop
+        self._position, self.held_bytes = stop, held
+        self.reserve(0, f"calibration before {site_of(until)}")
+
+    def reserve(self, more_bytes: int, what: str) -> None:
+        """Count what is held beside the values that wait, such as the statistics of a layer.
+
+        Raises LimitError where both are more than a compile may hold. ``what`` holds them.
+        """
+        held, limit = self.held_bytes + more_bytes, self._ctx.max_memory_bytes
         self.peak_bytes = max(self.peak_bytes, held)
-        limit = self._ctx.max_memory_bytes
         if limit is not None and held > limit:
             raise LimitError(
-                f"calibration holds {held / 1e6:.1f} MB of activations before {site_of(until)}, "
+                f"{what} holds {held / 1e6:.1f} MB of activations and statistics, "
                 f"more than the limit of {limit / 1e6:.1f} MB",
                 code="max-memory",
                 hint="give fewer or smaller calibration batches, or raise --max-memory",
@@ -100,6 +107,7 @@ class Stream:
         """The mean of x x^T over all rows x of a value's last axis, (K, K) float32."""
         values = self.values(node)
         width = values[0].shape[-1]
+        self.reserve(4 * width**2, f"the second moment of {node.name!r}")
         total = torch.zeros(width, width, device=values[0].device)
         rows = 0
         for value in values:

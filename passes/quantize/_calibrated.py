@@ -148,6 +148,9 @@ def encode_on_data(
     layer_error: dict[str, float] = {}
     remarks: dict[str, Any] = {}
     for group, moments in visit_groups(program, stream, input_groups(list(forms)), original):
+        # The drift, and one matrix in float64, which is factored in place.
+        more = 0 if original is None else original.held_bytes + 12 * len(moments.second) ** 2
+        stream.reserve(4 * len(moments.second) ** 2 + more, f"rounding {group.layers[0].path!r}")
         moment, shift = moments.second, correction(moments)
         del moments
         trim_heap()
@@ -176,7 +179,7 @@ def encode_on_data(
         "weight_error": weight_error,
         "output_error": layer_error,
         "batches": stream.batches,
-        "peak_activation_bytes": stream.peak_bytes + (original.peak_bytes if original else 0),
+        "peak_activation_bytes": stream.peak_bytes,
     }
     if remarks:
         stats["remarks"] = remarks

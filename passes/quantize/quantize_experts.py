@@ -23,9 +23,10 @@ from mopt.pass_base import (
 )
 from mopt.passes.quantize._calibrated import grid_for
 from mopt.passes.quantize._experts import ExpertInputs, Experts, find_experts
-from mopt.passes.quantize._gptq import Inputs, output_error, round_with_feedback
+from mopt.passes.quantize._gptq import Inputs, round_with_feedback
 from mopt.passes.quantize._weights import relative_error
 from mopt.program import Program, site_of
+from mopt.second_order import output_error
 from mopt.streaming import Stream
 
 

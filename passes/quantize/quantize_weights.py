@@ -21,7 +21,7 @@ from mopt.pass_base import (
     register_pass,
 )
 from mopt.passes.quantize._calibrated import encode_on_data, grid_for
-from mopt.passes.quantize._weights import encode_layers, is_small
+from mopt.passes.quantize._weights import encode_layers, is_small, kernel_notice
 from mopt.program import Program
 
 _HALF_BITS = 16
@@ -48,9 +48,9 @@ class QuantizeWeights(Pass):
     (about half a percent), which is what makes it fast; "float" keeps the input as it is.
 
     ## Limits
-    Linear layers only. 2- and 8-bit weights need `activations = "int8"`: with float input ONNX
-    Runtime is about a hundred times slower on a CPU. Layers whose input is much shorter than a
-    group are left alone, because padding would take the gain.
+    Linear layers only. 2- and 8-bit weights with `activations = "float"` only make the file
+    smaller: no fast kernel reads them, so they are widened when the model is loaded. Layers whose
+    input is much shorter than a group are left alone, because padding would take the gain.
     Errors of the last layer go straight into what the model returns: `head_bits = 8` keeps the
     layers whose result is returned at 8 bits, `head_bits = 16` keeps small ones in float16.
 
@@ -79,14 +79,6 @@ class QuantizeWeights(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        slow = {2, 8}.intersection((self.bits, self.head_bits))
-        if self.activations == "float" and slow:
-            raise UsageError(
-                f"quantize-weights: {slow.pop()} bits and activations='float', for which no "
-                "fast kernel exists",
-                code="no-kernel",
-                hint="use activations='int8', or bits=4",
-            )
         if self.head_bits == _HALF_BITS and self.ranges == "output":
             raise UsageError(
                 "quantize-weights: head_bits=16 and ranges='output', which has no ranges to choose "
@@ -100,10 +92,21 @@ class QuantizeWeights(Pass):
             return f"ranges='output' {NEEDS_DATA}, or use ranges='mse'"
         return None
 
-    def run(self, program: Program, ctx: PassContext) -> PassResult:
-        wanted = IntBlocks(self.bits, self.group, not self.symmetric, self.activations)
+    def notice(self, backend: str) -> str | None:
+        return kernel_notice(self._form, backend) or kernel_notice(self._of_heads, backend)
+
+    @property
+    def _form(self) -> IntBlocks:
+        return IntBlocks(self.bits, self.group, not self.symmetric, self.activations)
+
+    @property
+    def _of_heads(self) -> IntBlocks:
         in_half = self.head_bits == _HALF_BITS
-        of_heads = replace(wanted, width=(0 if in_half else self.head_bits) or self.bits)
+        return replace(self._form, width=(0 if in_half else self.head_bits) or self.bits)
+
+    def run(self, program: Program, ctx: PassContext) -> PassResult:
+        wanted, of_heads = self._form, self._of_heads
+        in_half = self.head_bits == _HALF_BITS
         small = _SMALL_HEAD * program.original_size().bytes
 
         tables = {layer.weight.target for layer in find_layers(program)

@@ -21,9 +21,9 @@ from mopt.pass_base import (
     register_pass,
 )
 from mopt.passes.quantize._calibrated import visit_groups
-from mopt.passes.quantize._gptq import output_error
 from mopt.passes.quantize._scales import find_edges_to_scale, scale_edge
 from mopt.program import Program
+from mopt.second_order import output_error
 from mopt.streaming import Stream
 
 _POINTS = 20

@@ -225,6 +225,20 @@ def test_data_is_needed_and_must_be_finite() -> None:
     assert infinite.value.code == "non-finite-activation"
 
 
+def test_what_a_layer_needs_beside_activations_counts() -> None:
+    program, batches = one_linear(), [(correlated(40, 64),)]
+    matrices = 16 * 64**2  # moment and drift in float32, and one in float64
+    for limit in (matrices + 40 * 64 * 8 + 4096, matrices):
+        context = PassContext(calibration=Calibration(batches, program), max_memory_bytes=limit)
+        one = make_pass("quantize-gptq", {"min_size": 0})
+        if limit == matrices:
+            with pytest.raises(LimitError, match=r"rounding .* activations and statistics"):
+                one.run(program.copy(), context)
+        else:
+            stats = one.run(program.copy(), context).stats
+            assert matrices < stats["peak_activation_bytes"] <= limit
+
+
 def overflowing() -> Program:
     layers = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 8))
     made = sample(layers, normal(2, 32), dynamic=True, scale=100.0)

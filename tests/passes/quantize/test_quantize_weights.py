@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mopt.errors import InputError, UsageError
 from mopt.frontend import capture
+from mopt.lowering import lower
 from mopt.pipeline import Pipeline
 from mopt.program import Program
 from mopt.registry import make_pass
@@ -81,8 +82,6 @@ def test_heads_keep_more_bits() -> None:
     residual = Apply(lambda m, x: x + m.body(x), body=nn.Linear(64, 64))
     formats = quantized(capture(residual.eval(), (normal(2, 64),)), head_bits=8).plan["formats"]
     assert formats == {"body": "int4-g32"}
-    with pytest.raises(UsageError, match="no fast kernel"):
-        make_pass("quantize-weights", {"activations": "float", "head_bits": 8})
 
 
 def test_small_heads_keep_sixteen_bits() -> None:
@@ -122,11 +121,17 @@ def test_the_result_does_not_depend_on_the_batch() -> None:
     assert torch.allclose(together, alone, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("bits", [2, 8])
-def test_slow_combinations_are_refused(bits: int) -> None:
-    with pytest.raises(UsageError, match="no fast kernel exists") as caught:
-        make_pass("quantize-weights", {"bits": bits, "activations": "float"})
-    assert caught.value.code == "no-kernel"
+@pytest.mark.parametrize("options", [{"bits": 2}, {"bits": 8}, {"bits": 4, "head_bits": 8}])
+def test_widths_without_a_float_kernel_are_widened_when_loaded(options: dict[str, int]) -> None:
+    given = {**options, "activations": "float"}
+    notice = make_pass("quantize-weights", given).notice("onnx")
+    assert notice is not None and "afloat has no kernel on this target" in notice
+    assert make_pass("quantize-weights", options).notice("onnx") is None
+    program = capture(nn.Linear(64, 32).eval(), (normal(9, 64),))
+    rounded = quantized(program, min_size=0, **given)
+    with lower(rounded, "onnx").load(threads=1) as run:
+        found = torch.as_tensor(run(*program.args))
+    assert torch.allclose(found, rounded.run(*program.args), atol=1e-5)
 
 
 @pytest.mark.parametrize(
