@@ -157,7 +157,8 @@ def per_column(per_group: Tensor, columns: int, group: int) -> Tensor:
 
 def kernel_notice(form: Format, backend: str) -> str | None:
     """What to say at once about a format that the backend computes with as floats, or None."""
-    if backend == "eager" or (backend, "cpu") in form.kernels:
+    # The Triton backend says layer by layer what it has no kernel for.
+    if backend in ("eager", "triton") or (backend, "cpu") in form.kernels:
         return None
     return (
         f"{form.name} has no kernel on this target: the file becomes smaller, speed and "
