@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mopt.backends.triton.catalogue import GROUPS
 from mopt.backends.triton.kernels import (
     cut_cross_entropy,
     flash_attention,
@@ -33,7 +34,6 @@ from mopt.backends.triton.launch import Runner, tile
 from mopt.backends.triton.planes import PADDED, pack_planes
 from mopt.levels import levels
 
-GROUPS = {"nf4": 64, "e2m1": 32, "e4m3": 0, "e5m2": 0}
 MIDDLE = {"int8": 128, "int4": 8, "int3": 4, "int2": 2}
 
 

@@ -6,7 +6,6 @@ how many registers were used or spilled: both are read from the binary here.
 
 from __future__ import annotations
 
-import base64
 import re
 import subprocess
 import tempfile
@@ -15,6 +14,9 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from mopt.backends.triton.architectures import Architecture
 from mopt.backends.triton.launch import Launch
@@ -86,17 +88,23 @@ def compile_launch(launch: Launch, arch: Architecture, cache: Cache | None = Non
     """
     key = {"launch": launch.key(), "arch": arch.name, "triton": triton_version()}
     if cache is None:
-        return _read(_compile(launch, arch))
-    return _read(cache.remember("triton-kernel", key, lambda: _compile(launch, arch)))
+        return _read(*_compile(launch, arch))
+    return _read(*cache.remember_tensors("triton-binary", key, lambda: _compile(launch, arch)))
 
 
-def _read(record: dict[str, Any]) -> Binary:
+def _read(files: Mapping[str, Tensor], facts: dict[str, Any]) -> Binary:
     names = ("order", "types", "aligned")
-    lists = {name: tuple(record[name]) for name in names}
-    return Binary(**{**record, **lists, "code": base64.b64decode(record["code"])})
+    lists = {name: tuple(facts[name]) for name in names}
+    code, assembly = (files[name].numpy().tobytes() for name in ("code", "assembly"))
+    return Binary(code=code, assembly=assembly.decode(), **{**facts, **lists})
 
 
-def _compile(launch: Launch, arch: Architecture) -> dict[str, Any]:
+def _bytes(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _compile(launch: Launch, arch: Architecture) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Code and assembly as bytes, and everything else about a binary."""
     import triton
     from triton.compiler import ASTSource
 
@@ -127,11 +135,9 @@ def _compile(launch: Launch, arch: Architecture) -> dict[str, Any]:
     code, assembly = made.asm[arch.binary], made.asm[arch.assembly]
     registers, spills = _resources(code, assembly, arch)
     order = tuple(name for name in function.arg_names if name in types)
-    return {
+    facts = {
         "name": made.metadata.name,
         "architecture": arch.name,
-        "code": base64.b64encode(code).decode(),
-        "assembly": assembly,
         "shared": made.metadata.shared,
         "threads": made.metadata.num_warps * arch.warp,
         "registers": registers,
@@ -144,6 +150,7 @@ def _compile(launch: Launch, arch: Architecture) -> dict[str, Any]:
         "warps": launch.warps,
         "stages": launch.stages,
     }
+    return {"code": _bytes(code), "assembly": _bytes(assembly.encode())}, facts
 
 
 def _resources(code: bytes, assembly: str, arch: Architecture) -> tuple[int, int]:

@@ -35,7 +35,8 @@ from mopt.backends.triton.launch import Launch, Recorder, Runner, Tile, tile
 
 # The others differ from these in how codes are decoded, not in the tiles for many rows.
 _LARGE = ("int8", "int4", "nf4")
-_GROUPS = {"nf4": 64, "e2m1": 32, "e4m3": 0, "e5m2": 0}
+# Columns that share a scale where that is not 128; 0 is a whole row.
+GROUPS = {"nf4": 64, "e2m1": 32, "e4m3": 0, "e5m2": 0}
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def empty_weight(kind: str, outputs: int, columns: int, group: int) -> PackedWei
 def catalogue() -> Iterator[Entry]:
     """All kernels, bf16 inputs, in the order of the documentation."""
     for kind in BITS:
-        weight = empty_weight(kind, 4096, 4096, _GROUPS.get(kind, 128))
+        weight = empty_weight(kind, 4096, 4096, GROUPS.get(kind, 128))
         yield _codes(f"linear-codes {kind}, 16 rows", weight, 16, tile(4, 3, BM=16, BN=64, SPLIT=4))
         if kind in _LARGE:
             large = tile(8, 2, BM=128, BN=64, SPLIT=1)

@@ -39,7 +39,9 @@ def run_interpreted(launch: Launch) -> None:
     widened: dict[int, Tensor] = {}
     for name, value in arguments.items():
         if isinstance(value, Tensor) and value.dtype == torch.bfloat16:
-            arguments[name] = widened.setdefault(id(value), value.float())
+            if id(value) not in widened:
+                widened[id(value)] = _widened(value)
+            arguments[name] = widened[id(value)]
     constants = {
         name: tl.float32 if value is tl.bfloat16 else value
         for name, value in launch.constants.items()
@@ -51,6 +53,15 @@ def run_interpreted(launch: Launch) -> None:
         original = launch.arguments[name]
         if id(original) in widened:
             original.copy_(widened[id(original)])
+
+
+def _widened(value: Tensor) -> Tensor:
+    """The values in fp32 with the strides they have, which the launch states, also of a view."""
+    if not value.numel():
+        return value.float()
+    reach = 1 + sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
+    flat = value.as_strided((reach,), (1,)).float()
+    return flat.as_strided(value.shape, value.stride())
 
 
 _globals: dict[int, dict[str, Any]] = {}

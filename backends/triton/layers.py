@@ -19,8 +19,8 @@ from mopt.backends.triton.launch import Launch, Recorder, Runner, Tile
 
 # Rows for which a tile is chosen; a call takes the next larger one's, beyond the last the last's.
 BUCKETS = (1, 16, 32, 64, 256, 2048)
-# Facts that change from call to call: a table holds tiles for all of their values.
-_FREE = frozenset({"rows", "keys", "batch"})
+# Facts that change from call to call, or follow from others: a table has tiles for all of them.
+_FREE = frozenset({"rows", "keys", "batch", "units"})
 
 
 class TileTable(Protocol):

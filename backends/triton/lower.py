@@ -71,7 +71,7 @@ class TritonBackend:
         sites, left = find_sites(program.graph_module)
         # The target is this machine's own GPU: there tiles are timed instead of estimated.
         timer = timer_here if device.is_host else None
-        plan = make_plan(sites, left, program.graph, arch, device, Cache(), timer)
+        plan = make_plan(sites, left, program.graph, arch, device, Cache(worth_seconds=0), timer)
         return [*files, *write_kernels(plan, folder)]
 
     def open(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +13,12 @@ from mopt.backends.triton.architectures import ARCHITECTURES
 from mopt.backends.triton.catalogue import Entry, catalogue, empty, empty_weight
 from mopt.backends.triton.kernels import linear_codes
 from mopt.backends.triton.launch import Launch, Recorder, Tile, tile
+from mopt.backends.triton.layers import table_key
+from mopt.backends.triton.lowerings.attention import Attention
 from mopt.backends.triton.lowerings.linear_codes import LINEAR_CODES, CodesLinear
 from mopt.backends.triton.tiles import chip_of, choose, ranked, seconds
 from mopt.backends.triton.tuning import LayerTimer
+from mopt.cache import Cache
 from mopt.device import find_device
 from mopt.errors import LoweringError
 
@@ -148,3 +152,20 @@ def test_estimates_prefer_small_blocks_for_few_rows_and_large_ones_for_many() ->
     # 117 MB of codes and scales at 4.8 TB/s.
     best = seconds(ranked(few, LINEAR_CODES, chip)[0], few, LINEAR_CODES, chip)
     assert 24e-6 < best < 60e-6
+
+
+def test_a_binary_from_the_cache_is_the_one_that_was_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (launch,) = layer().launches(512, torch.bfloat16, tile(4, 2, BM=32, BN=64, SPLIT=1))
+    cache = Cache(tmp_path, worth_seconds=0)
+    made = aot.compile_launch(launch, ARCHITECTURES["sm_90"], cache)
+    monkeypatch.setattr(aot, "_compile", lambda *a: pytest.fail("compiled again"))
+    assert aot.compile_launch(launch, ARCHITECTURES["sm_90"], cache) == made
+    assert len(made.assembly) > 4096 and len(made.code) > 4096
+
+
+def test_a_problem_finds_the_tile_of_its_rows_however_the_sizes_follow() -> None:
+    attention = Attention(heads=2, group=4, width=64, causal=True, scale=None, batch=3)
+    keys = {table_key(attention.problem(rows, torch.bfloat16)) for rows in (1, 16, 64, 4096)}
+    assert len(keys) == 1

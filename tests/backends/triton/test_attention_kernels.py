@@ -57,12 +57,13 @@ def test_attention_is_pytorchs_own() -> None:
     torch.testing.assert_close(attend(q, k, v, causal=True), wanted, rtol=0, atol=5e-6)
 
 
-def test_views_of_a_larger_cache_are_read_in_place() -> None:
-    cache = torch.randn(2, 2, 64, 16)
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 5e-6), (torch.bfloat16, 2e-2)])
+def test_views_of_a_larger_cache_are_read_in_place(dtype: torch.dtype, limit: float) -> None:
+    cache = torch.randn(2, 2, 64, 16).to(dtype)
     k, v = cache[:, :, 3:20], cache[:, :, 30:47]
-    q = torch.randn(2, 7, 2, 16).transpose(1, 2)
-    wanted = flash_attention.reference(q, k, v)
-    torch.testing.assert_close(attend(q, k, v), wanted, rtol=0, atol=5e-6)
+    q = torch.randn(2, 7, 2, 16).to(dtype).transpose(1, 2)
+    wanted = flash_attention.reference(q.double(), k.double(), v.double())
+    torch.testing.assert_close(attend(q, k, v).double(), wanted, rtol=0, atol=limit)
 
 
 @pytest.mark.parametrize("kind", ["int8", "e4m3"])

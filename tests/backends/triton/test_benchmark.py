@@ -22,5 +22,13 @@ def test_its_correctness_part_is_right_in_the_interpreter() -> None:
     assert done.returncode == 0 and "0 wrong" in done.stdout, done.stdout + done.stderr
 
 
+def test_all_of_its_sections_run_through_without_a_gpu() -> None:
+    done = run("--dry-run")
+    assert done.returncode == 0 and "sections not finished: none" in done.stdout, (
+        done.stdout + done.stderr
+    )
+    assert "as asked" in done.stdout and "Llama-8B block, int4" in done.stdout
+
+
 def test_it_explains_itself() -> None:
     assert "--minutes" in run("--help").stdout
