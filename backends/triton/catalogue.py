@@ -81,7 +81,8 @@ def catalogue() -> Iterator[Entry]:
             large = tile(8, 2, BM=128, BN=64, SPLIT=1)
             yield _codes(f"linear-codes {kind}, 4096 rows", weight, 4096, large)
     for kind, dtype in (("int8", torch.int8), ("e4m3", torch.uint8)):
-        yield _bytes(f"linear-bytes {kind}", dtype)
+        yield _bytes(f"linear-bytes {kind}", dtype, dtype)
+    yield _bytes("linear-bytes uint8 by int8", torch.uint8, torch.int8)
     x, wide = empty(512, 4096), empty(4096)
     yield Entry("quantize-tensor", lambda run: quantize_tensor.call(run, x))
     for kind in ("int8", "e4m3"):
@@ -89,6 +90,13 @@ def catalogue() -> Iterator[Entry]:
             f"norm-quantize {kind}",
             lambda run, kind=kind: norm_quantize.call(run, x, wide, 1e-5, kind),  # type: ignore[misc]
         )
+    step, zero = empty(1, dtype=torch.float32), empty(1, dtype=torch.uint8)
+    yield Entry(
+        "norm-quantize, layer norm, known range",
+        lambda run: norm_quantize.call_static(
+            run, x, wide, 1e-5, step, zero, bias=wide, centered=True
+        ),
+    )
     rank = tile(4, 3, BM=64, BN=64, BK=64, SPLIT=4)
     inner, outer = empty(128, 4096), empty(4096, 128)
     yield Entry(
@@ -105,8 +113,8 @@ def _codes(name: str, weight: PackedWeight, rows: int, config: Tile) -> Entry:
     return Entry(name, lambda run: linear_codes.call(run, config, x, weight, None, counters))
 
 
-def _bytes(name: str, dtype: torch.dtype) -> Entry:
-    a, b = empty(4096, 4096, dtype=dtype), empty(4096, 4096, dtype=dtype)
+def _bytes(name: str, left_type: torch.dtype, right_type: torch.dtype) -> Entry:
+    a, b = empty(4096, 4096, dtype=left_type), empty(4096, 4096, dtype=right_type)
     left, right = empty(4096, dtype=torch.float32), empty(4096, dtype=torch.float32)
     config = tile(8, 3, BM=128, BN=64, BK=64)
     return Entry(name, lambda run: linear_bytes.call(run, config, a, b, left, right, None, 4096))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from mopt.backends.triton.rewrite import find_sites, kernels, replace
 from mopt.backends.triton.values import restore_values
 from mopt.errors import LoweringError
 from mopt.safe_read import Folder
+
+_log = logging.getLogger(__name__)
 
 
 class ModuleRunner:
@@ -87,8 +90,8 @@ def _tiles(stored: StoredKernels, arch: str) -> FallbackTiles:
 class FallbackTiles:
     """The artifact's tiles, and for a problem it does not know the first legal one of its kernel.
 
-    Binaries exist only for what was compiled; such a call is compiled when it comes, and
-    ``unknown`` lists it.
+    Binaries exist only for what was compiled; such a call is compiled when it comes. ``unknown``
+    lists it, and the log says so once.
     """
 
     def __init__(self, tables: Mapping[str, Mapping[int, Tile]]) -> None:
@@ -100,7 +103,9 @@ class FallbackTiles:
         try:
             return self._known(problem)
         except KeyError:
-            self.unknown[problem.text] = problem
+            if problem.text not in self.unknown:
+                self.unknown[problem.text] = problem
+                _log.warning("no binary and no tile were made beforehand for %s", problem.text)
             kernel = kernels()[problem.kernel]
             legal = [t for t in kernel.space(problem) if kernel.legal(t, problem) is None]
             return legal[0]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ from torch import nn
 
 import mopt
 from mopt.backends.triton import architectures
+from mopt.backends.triton.cuda_driver import StoredRunner
 from mopt.backends.triton.interpreter import run_interpreted
 from mopt.backends.triton.kernel import problem
+from mopt.backends.triton.kernel_file import read_binary, read_kernels
 from mopt.backends.triton.launch import tile
 from mopt.backends.triton.layers import table_key
 from mopt.backends.triton.lower import BACKEND
@@ -23,6 +27,7 @@ from mopt.errors import ArtifactError, LoweringError, UsageError
 from mopt.lowering import lower
 from mopt.program import Program
 from mopt.recipe import Recipe
+from mopt.safe_read import Folder
 
 
 class Feed(nn.Module):
@@ -116,7 +121,9 @@ def test_a_model_without_compressed_layers_runs_as_it_was() -> None:
     assert torch.equal(artifact.load()(x), artifact.program.run(x))
 
 
-def test_calls_that_were_not_compiled_get_a_tile_and_are_listed() -> None:
+def test_calls_that_were_not_compiled_get_a_tile_and_are_listed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     small, large = tile(4, 2, BM=16, BN=32, SPLIT=1), tile(8, 3, BM=128, BN=64, SPLIT=1)
     facts = {"kind": "int4", "outputs": 64, "columns": 64, "group": 32, "units": 2,
              "zeros": False, "bias": False, "itemsize": 4}  # fmt: skip
@@ -126,6 +133,9 @@ def test_calls_that_were_not_compiled_get_a_tile_and_are_listed() -> None:
     assert rows == {1: small, 16: small, 17: large, 5000: large} and not tiles.unknown
     other = problem("linear-codes", **{**facts, "outputs": 96}, rows=5)
     assert LINEAR_CODES.legal(tiles(other), other) is None and list(tiles.unknown) == [other.text]
+    tiles(other)
+    said = [r.getMessage() for r in caplog.records if "beforehand" in r.getMessage()]
+    assert len(said) == 1 and "outputs=96" in said[0]
 
 
 @pytest.mark.parametrize(
@@ -136,6 +146,49 @@ def test_devices_that_are_not_there(folder: Path, options: dict, code: str) -> N
     with pytest.raises((UsageError, LoweringError)) as caught:
         mopt.load(folder, **options)
     assert caught.value.code == code
+
+
+def test_a_gpu_that_no_binary_is_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(LoweringError) as caught:
+        mopt.load(folder, device="cuda")
+    assert caught.value.code == "no-binary-for-gpu" and "7.5" in str(caught.value)
+    with pytest.raises(LoweringError) as here:
+        architectures.architecture_of("host")
+    assert here.value.code == "no-gpu-target" and "7.5" in str(here.value)
+
+
+def test_a_driver_that_refuses_a_binary(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Driver:
+        """CUDA's driver, which finds no code for its chip."""
+
+        def cuModuleLoadData(self, module: object, code: bytes) -> int:
+            assert code[:4] == b"\x7fELF"
+            return 209
+
+        def cuGetErrorName(self, status: ctypes.c_int, text: object) -> int:
+            text._obj.value = b"CUDA_ERROR_NO_BINARY_FOR_GPU"  # type: ignore[attr-defined]
+            return 0
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
+    stream = SimpleNamespace(synchronize=lambda: None, cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    with Folder(folder) as opened:
+        stored = read_kernels(opened)
+        binaries = {
+            key: read_binary(opened, entry) for key, entry in stored.binaries["sm_90"].items()
+        }
+    program = compressed("int4-weight")
+    module = program.copy().graph_module
+    layers = replace(module, find_sites(module)[0])
+    runner = StoredRunner(binaries)
+    for layer in layers:
+        layer.bind(runner.run, FallbackTiles(stored.tables["sm_90"]))
+    with pytest.raises(LoweringError) as caught:
+        module(torch.randn(2, 5, 64))
+    assert caught.value.code == "no-binary-for-gpu"
+    assert "CUDA_ERROR_NO_BINARY_FOR_GPU" in str(caught.value) and "trust" in str(caught.value.hint)
 
 
 def test_other_backends_have_no_choice_of_device(tmp_path: Path) -> None:

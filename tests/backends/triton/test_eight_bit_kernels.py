@@ -61,6 +61,24 @@ def test_products_of_integers_are_exact_before_they_are_scaled(
     assert torch.equal(plain.int(), a.int() @ b.int().t())
 
 
+@settings(max_examples=6)
+@given(
+    rows=st.sampled_from((0, 1, 17)),
+    columns=st.sampled_from((1, 33, 130)),
+    zero=st.sampled_from((0, 77, 255)),
+)
+def test_codes_without_a_sign_are_taken_as_they_are(rows: int, columns: int, zero: int) -> None:
+    a = torch.randint(0, 256, (rows, columns), dtype=torch.uint8)
+    b = torch.randint(-127, 128, (20, columns), dtype=torch.int8)
+    wide = padded(b)
+    found = linear_bytes.call(
+        run_interpreted, SMALL, a, wide, torch.ones(1), scales(20) * 0 + 1, None, 20,
+        zero=torch.tensor([zero - 128], dtype=torch.int32), sums=wide.sum(1, dtype=torch.int32),
+        dtype=torch.float32,
+    )  # fmt: skip
+    assert torch.equal(found.int(), (a.int() - zero) @ b.int().t())
+
+
 def test_products_of_eight_bit_floats() -> None:
     a = torch.randn(5, 70).to(torch.float8_e4m3fn).view(torch.uint8)
     b = torch.randn(20, 70).to(torch.float8_e4m3fn).view(torch.uint8)
@@ -99,6 +117,35 @@ def test_rows_are_normed_and_rounded_in_one_pass(width: int, kind: str) -> None:
     same = (codes == wanted).float().mean()
     assert same >= 0.98 and not codes[1].any() and float(scale[1]) == 1
     assert norm_quantize.call(run_interpreted, x[:0], weight, 1e-5, kind)[0].shape == (0, width)
+
+
+@settings(max_examples=10)
+@given(
+    width=st.sampled_from((1, 48, 100)),
+    centered=st.booleans(),
+    affine=st.booleans(),
+    codes=st.sampled_from((torch.uint8, torch.int8)),
+    dtype=st.sampled_from((torch.float32, torch.float16, torch.bfloat16)),
+)
+def test_a_norm_with_a_known_range_gives_the_operators_codes(
+    width: int, centered: bool, affine: bool, codes: torch.dtype, dtype: torch.dtype
+) -> None:
+    x = (torch.randn(3, width) * 2).to(dtype)
+    weight, bias = (torch.randn(width).to(dtype) if affine else None for _ in range(2))
+    bias = bias if centered else None
+    scale, zero = torch.tensor([0.011]), torch.tensor([5], dtype=codes)
+    found = norm_quantize.call_static(
+        run_interpreted, x, weight, 1e-5, scale, zero, bias=bias, centered=centered
+    )
+    wide = [None if v is None else v.double() for v in (weight, bias)]
+    normed = norm_quantize.normed(x.double(), wide[0], 1e-5, bias=wide[1], centered=centered)
+    wanted = torch.ops.mopt.quantize(normed, scale[0].double(), zero[0], 0)
+    # A value in the middle between two codes may go either way.
+    assert found.dtype == codes and int((found.int() - wanted.int()).abs().max()) <= 1
+    assert float((found != wanted).float().mean()) <= 0.02
+    assert norm_quantize.call_static(
+        run_interpreted, x[:0], weight, 1e-5, scale, zero
+    ).shape == (0, width)  # fmt: skip
 
 
 def test_bits_of_small_floats_are_those_of_the_cast() -> None:

@@ -69,6 +69,16 @@ def test_rotary_keeps_norms_and_is_undone_by_its_backward(
     close(back, x, dtype)
 
 
+def test_rotary_reads_heads_before_tokens_in_place_and_half_of_the_angles() -> None:
+    x = torch.randn(2, 4, 3, 8).transpose(1, 2)  # (batch, heads, tokens, width)
+    angle = torch.randn(4, 4)
+    cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
+    out = rotary.call(run_interpreted, x, cos, sin)
+    left, right = x.chunk(2, -1)
+    close(out, x * cos + torch.cat((-right, left), -1) * sin, torch.float32)
+    assert out.shape == x.shape and out.stride() == x.stride()
+
+
 @settings(max_examples=6)
 @given(count=st.sampled_from((0, 1, 1025)), dtype=DTYPES)
 def test_swiglu_forward_and_backward(count: int, dtype: torch.dtype) -> None:
