@@ -70,7 +70,7 @@ def child(label: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     name, options = PASSES[label]
     tiny = nn.Sequential(nn.LayerNorm(256), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256))
-    program = capture(tiny.eval(), (torch.randn(8, 256),))
+    program = capture(tiny.eval(), (torch.randn(8, 256),)).copy()
     _run(program, name, options, [(torch.randn(8, 256),)])
     base = peak_bytes()
     ids = torch.randint(0, gpt_12x768.VOCABULARY, (BATCHES, 1, TOKENS))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mopt.formats import Grid
-from mopt.formats.base import require_finite, shared_weight
+from mopt.formats import Encoded, Grid
+from mopt.formats.base import require_finite, row_pieces, shared_weight
 from mopt.formats.int_blocks import IntBlocks
 from mopt.layers import Layer, find_layers
+from mopt.machine import trim_heap
 from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
-from mopt.passes.quantize._weights import is_small, kernel_notice, relative_error
+from mopt.passes.quantize._weights import is_small, kernel_notice
 from mopt.program import Program
 
 _aten = torch.ops.aten
@@ -77,17 +79,38 @@ class QuantizeHqq(Pass):
             if reason:
                 skipped.append(Skip(layer.path, reason))
                 continue
-            grid, offsets = fit_zero_points(weight, self.group, self.bits)
-            spread = offsets.repeat_interleave(self.group, dim=1)
-            encoded = form.encode(weight - spread, grid=grid)
-            error[layer.path] = relative_error(weight, form.decode(encoded) + spread)
+            encoded, offsets, error[layer.path] = self._encode(form, weight, ctx)
             formats[layer.path] = form.name
             _add_offsets(program, layer, offsets, self.group)
             form.place(program, layer, encoded)
+            del weight, encoded
+            trim_heap()
         stats: dict[str, Any] = {
             "layers": len(formats), "formats": formats, "weight_error": error,
         }  # fmt: skip
         return PassResult(changed=bool(formats), stats=stats, skipped=skipped)
+
+    def _encode(
+        self, form: IntBlocks, weight: Tensor, ctx: PassContext
+    ) -> tuple[Encoded, Tensor, float]:
+        """The codes, the offsets (rows, groups), and the error as a share of the weight's power."""
+        offsets = torch.empty(len(weight), weight.shape[1] // self.group, device=weight.device)
+        total = wrong = 0.0
+
+        def pieces() -> Iterator[Encoded]:
+            nonlocal total, wrong
+            for at in row_pieces(weight):
+                ctx.check_time("fitting zero points")
+                grid, offsets[at] = fit_zero_points(weight[at], self.group, self.bits)
+                spread = offsets[at].repeat_interleave(self.group, dim=1)
+                piece = form.encode(weight[at] - spread, grid=grid)
+                difference = form.decode(piece).add_(spread).sub_(weight[at])
+                total += float(weight[at].square().sum(dtype=torch.float64))
+                wrong += float(difference.square().sum(dtype=torch.float64))
+                yield piece
+
+        encoded = Encoded.join(pieces(), len(weight))
+        return encoded, offsets, wrong / total if total > 0 else wrong
 
     def _reason(self, form: IntBlocks, layer: Layer, weight: Tensor) -> str | None:
         if layer.kind != "linear":

@@ -162,6 +162,7 @@ class QuantizeStatic(Pass):
             else:
                 grid = self._weight_grid(weight)
                 encoded[layer] = self._format.encode(weight, grid=grid)
+                trim_heap()
         return encoded
 
     def _weight_grid(self, weight: Tensor) -> Grid:

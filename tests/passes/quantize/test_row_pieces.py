@@ -23,6 +23,7 @@ PASSES: dict[str, dict[str, object]] = {
     "quantize-weights": {"group": 32, "min_size": 0},
     "quantize-gptq": {"group": 32, "min_size": 0, "refinements": 0},
     "quantize-dynamic": {"min_size": 0},
+    "quantize-hqq": {"group": 32, "min_size": 0},
     "rotate-activations": {"keep": 1.0},
 }
 
