@@ -16,7 +16,7 @@ from mopt.backends.triton.chains import VIEWS, chained_calls
 from mopt.backends.triton.interpreter import run_interpreted
 from mopt.backends.triton.kernel import Problem
 from mopt.backends.triton.launch import Launch, Tile
-from mopt.backends.triton.layers import KernelLayer, StoredTiles, table_key
+from mopt.backends.triton.layers import KernelLayer, StoredTiles, TileTable, table_key
 from mopt.backends.triton.rewrite import Left, Site
 from mopt.backends.triton.tiles import Chip, Rejected, chip_of, choose
 from mopt.backends.triton.values import values_as_json
@@ -111,7 +111,7 @@ def make_plan(
         kind = _kind(layer, dtype)
         if kind not in done:
             done.add(kind)
-            plan.checked[key] = check(site, tiles)
+            plan.checked[key] = check(site, layer, tiles)
     plan.share, plan.pytorch = operators_left(graph, sites, chip_of(device))
     return plan
 
@@ -140,17 +140,16 @@ def _kind(layer: KernelLayer, dtype: torch.dtype) -> str:
     return str([found.kernel, dtype, *(f for f in found.facts if f[0] not in sizes)])
 
 
-def check(site: Site, tiles: StoredTiles) -> float:
+def check(site: Site, whole: KernelLayer, tiles: TileTable) -> float:
     """The error of a kernel in the interpreter, on some outputs of a layer and random rows.
 
-    Relative to the largest output. Raises LoweringError ``kernel-wrong`` where it is not what the
+    ``whole`` is the layer of the site, whose tiles are taken. The error is relative to the largest output. Raises LoweringError ``kernel-wrong`` where it is not what the
     order of additions explains.
     """
     layer = site.make(_CHECKED_OUTPUTS)
 
     def choice(problem: Problem) -> Tile:
-        # Only some outputs are computed, with the tile of the whole layer.
-        return tiles(site.make(0).problem(problem["rows"], site.dtype))
+        return tiles(whole.problem(problem["rows"], site.dtype))
 
     layer.bind(run_interpreted, choice, always=True)
     values = site.sample(torch.Generator().manual_seed(0))
@@ -207,8 +206,11 @@ def operators_left(
 
 def _seconds(node: fx.Node, chip: Chip) -> float:
     flops = node_flops(node)
-    if not isinstance(node.target, torch._ops.OpOverload) or "val" not in node.meta:
+    value = node.meta.get("val")
+    if not isinstance(node.target, torch._ops.OpOverload) or value is None:
         return 0.0
+    if isinstance(value, int | torch.SymInt):
+        return 0.0  # a size, known to the host
     moved = sum(
         value.dtype.itemsize * math.prod(shape_of(value))
         for source in (node, *node.all_input_nodes)

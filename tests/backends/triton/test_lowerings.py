@@ -214,13 +214,13 @@ def test_a_kernel_that_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch) -> N
     sites, _ = find_sites(decoder().copy().graph_module)
     tiles = FallbackTiles({})
     for site in sites:
-        assert check(site, tiles) <= 1e-4
+        assert check(site, site.make(0), tiles) <= 1e-4
     (attention,) = [s for s in sites if "attention" in str(s.node.target)]
     layer = type(attention.make(0))
     right = layer.compute
     monkeypatch.setattr(layer, "compute", lambda *a: right(*a) * 1.01)
     with pytest.raises(mopt.errors.LoweringError) as caught:
-        check(attention, tiles)
+        check(attention, attention.make(0), tiles)
     assert caught.value.code == "kernel-wrong"
 
 
