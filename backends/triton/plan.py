@@ -143,8 +143,9 @@ def _kind(layer: KernelLayer, dtype: torch.dtype) -> str:
 def check(site: Site, whole: KernelLayer, tiles: TileTable) -> float:
     """The error of a kernel in the interpreter, on some outputs of a layer and random rows.
 
-    ``whole`` is the layer of the site, whose tiles are taken. The error is relative to the largest output. Raises LoweringError ``kernel-wrong`` where it is not what the
-    order of additions explains.
+    ``whole`` is the layer of the site, whose tiles are taken; the error is relative to the largest
+    output. Raises LoweringError ``kernel-wrong`` where it is not what the order of additions
+    explains.
     """
     layer = site.make(_CHECKED_OUTPUTS)
 
