@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 
+import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
@@ -71,8 +72,9 @@ def _share_equal_initializers(graph: ir.Graph) -> None:
 
 
 def _identity(tensor: ir.TensorProtocol) -> tuple[object, ...]:
-    content = hashlib.sha256(tensor.tobytes()).digest()
-    return tensor.dtype, tuple(tensor.shape.numpy()), content
+    # Over the values where they are: a table's bytes would be copied several times.
+    values = np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
+    return tensor.dtype, tuple(tensor.shape.numpy()), hashlib.sha256(values).digest()
 
 
 def _order_initializers(graph: ir.Graph) -> None:
