@@ -14,10 +14,10 @@ import triton.language as tl
 from mopt.levels import levels
 
 
-def _shifted(shift: int, mask: str, magic: str) -> tl.constexpr:
+def _shifted(shift: int, mask: str, magic: str) -> str:
     """Four codes of one plane to four 16-bit floats ``magic + code``: shift, mask, two permutes."""
     move = f"shr.b32 a, $2, {shift}; and.b32 a, a, {mask};" if shift else f"and.b32 a, $2, {mask};"
-    return tl.constexpr(
+    return (
         "{ .reg .b32 a; " + move + f" prmt.b32 $0, a, {magic}, 0x4140;"
         f" prmt.b32 $1, a, {magic}, 0x4342; }}"
     )
@@ -26,18 +26,15 @@ def _shifted(shift: int, mask: str, magic: str) -> tl.constexpr:
 # A float of 16 bits whose exponent makes the last bit worth 1: codes are added by an OR.
 _BF16, _FP16 = "0x43434343", "0x64646464"
 _NIBBLES, _PAIRS = "0x0f0f0f0f", "0x03030303"
-_INT4_BF16_0 = _shifted(0, _NIBBLES, _BF16)
-_INT4_BF16_1 = _shifted(4, _NIBBLES, _BF16)
-_INT4_FP16_0 = _shifted(0, _NIBBLES, _FP16)
-_INT4_FP16_1 = _shifted(4, _NIBBLES, _FP16)
-_INT2_BF16_0 = _shifted(0, _PAIRS, _BF16)
-_INT2_BF16_1 = _shifted(2, _PAIRS, _BF16)
-_INT2_BF16_2 = _shifted(4, _PAIRS, _BF16)
-_INT2_BF16_3 = _shifted(6, _PAIRS, _BF16)
-_INT2_FP16_0 = _shifted(0, _PAIRS, _FP16)
-_INT2_FP16_1 = _shifted(2, _PAIRS, _FP16)
-_INT2_FP16_2 = _shifted(4, _PAIRS, _FP16)
-_INT2_FP16_3 = _shifted(6, _PAIRS, _FP16)
+
+
+def _planes(bits: int, mask: str, magic: str) -> tl.constexpr:
+    """The assembly of every plane of a byte."""
+    return tl.constexpr(tuple(_shifted(shift, mask, magic) for shift in range(0, 8, bits)))
+
+
+_INT4_BF16, _INT4_FP16 = _planes(4, _NIBBLES, _BF16), _planes(4, _NIBBLES, _FP16)
+_INT2_BF16, _INT2_FP16 = _planes(2, _PAIRS, _BF16), _planes(2, _PAIRS, _FP16)
 
 
 def table_assembly(values: tuple[int, ...]) -> str:
@@ -82,13 +79,9 @@ def float_bits(kind: str, dtype: str) -> tuple[int, ...]:
     return tuple(int(v) & 0xFFFF for v in wide.view(torch.int16).tolist())
 
 
-def _table(kind: str, dtype: str) -> tl.constexpr:
-    return tl.constexpr(table_assembly(float_bits(kind, dtype)))
-
-
-_NF4_BF16, _NF4_FP16 = _table("nf4", "bf16"), _table("nf4", "fp16")
-_E2M1_BF16, _E2M1_FP16 = _table("e2m1", "bf16"), _table("e2m1", "fp16")
-_BITMOD_BF16, _BITMOD_FP16 = _table("bitmod4", "bf16"), _table("bitmod4", "fp16")
+_KINDS = ("nf4", "e2m1", "bitmod4")
+_LEVELS_BF16 = tl.constexpr(tuple(table_assembly(float_bits(k, "bf16")) for k in _KINDS))
+_LEVELS_FP16 = tl.constexpr(tuple(table_assembly(float_bits(k, "fp16")) for k in _KINDS))
 _NF4 = tl.constexpr(tuple(levels("nf4").tables[0].tolist()))
 _E2M1 = tl.constexpr(tuple(levels("e2m1").tables[0].tolist()))
 _BITMOD = tl.constexpr((*levels("bitmod4").tables[0].tolist()[:15], 0.0))
@@ -103,59 +96,23 @@ def plane_of_ints(
     if ARCH >= 80 and ARCH < 200:
         if CT == tl.bfloat16:  # noqa: SIM300 - Triton compares so
             if BITS == 4:
-                if PLANE == 0:
-                    wide = tl.inline_asm_elementwise(
-                        _INT4_BF16_0, "=r,=r,r", [raw], tl.bfloat16, True, 4
-                    )
-                else:
-                    wide = tl.inline_asm_elementwise(
-                        _INT4_BF16_1, "=r,=r,r", [raw], tl.bfloat16, True, 4
-                    )
+                wide = tl.inline_asm_elementwise(
+                    _INT4_BF16[PLANE], "=r,=r,r", [raw], tl.bfloat16, True, 4
+                )
             else:
-                if PLANE == 0:
-                    wide = tl.inline_asm_elementwise(
-                        _INT2_BF16_0, "=r,=r,r", [raw], tl.bfloat16, True, 4
-                    )
-                elif PLANE == 1:
-                    wide = tl.inline_asm_elementwise(
-                        _INT2_BF16_1, "=r,=r,r", [raw], tl.bfloat16, True, 4
-                    )
-                elif PLANE == 2:
-                    wide = tl.inline_asm_elementwise(
-                        _INT2_BF16_2, "=r,=r,r", [raw], tl.bfloat16, True, 4
-                    )
-                else:
-                    wide = tl.inline_asm_elementwise(
-                        _INT2_BF16_3, "=r,=r,r", [raw], tl.bfloat16, True, 4
-                    )
+                wide = tl.inline_asm_elementwise(
+                    _INT2_BF16[PLANE], "=r,=r,r", [raw], tl.bfloat16, True, 4
+                )
             return wide - (128.0 + MIDDLE)
         else:
             if BITS == 4:
-                if PLANE == 0:
-                    wide = tl.inline_asm_elementwise(
-                        _INT4_FP16_0, "=r,=r,r", [raw], tl.float16, True, 4
-                    )
-                else:
-                    wide = tl.inline_asm_elementwise(
-                        _INT4_FP16_1, "=r,=r,r", [raw], tl.float16, True, 4
-                    )
+                wide = tl.inline_asm_elementwise(
+                    _INT4_FP16[PLANE], "=r,=r,r", [raw], tl.float16, True, 4
+                )
             else:
-                if PLANE == 0:
-                    wide = tl.inline_asm_elementwise(
-                        _INT2_FP16_0, "=r,=r,r", [raw], tl.float16, True, 4
-                    )
-                elif PLANE == 1:
-                    wide = tl.inline_asm_elementwise(
-                        _INT2_FP16_1, "=r,=r,r", [raw], tl.float16, True, 4
-                    )
-                elif PLANE == 2:
-                    wide = tl.inline_asm_elementwise(
-                        _INT2_FP16_2, "=r,=r,r", [raw], tl.float16, True, 4
-                    )
-                else:
-                    wide = tl.inline_asm_elementwise(
-                        _INT2_FP16_3, "=r,=r,r", [raw], tl.float16, True, 4
-                    )
+                wide = tl.inline_asm_elementwise(
+                    _INT2_FP16[PLANE], "=r,=r,r", [raw], tl.float16, True, 4
+                )
             return (wide - (1024.0 + MIDDLE)).to(CT)
     else:
         code = (raw.to(tl.int32) >> (PLANE * BITS)) & (2**BITS - 1)
@@ -218,32 +175,15 @@ def _pick(code, TABLE: tl.constexpr, CT: tl.constexpr):
 def planes_of_levels(raw, KIND: tl.constexpr, CT: tl.constexpr, ARCH: tl.constexpr):
     """Both planes of 4-bit codes that index a table: ``nf4``, ``e2m1`` or ``bitmod4``."""
     if ARCH >= 80 and ARCH < 200:
+        TABLE: tl.constexpr = 0 if KIND == "nf4" else (1 if KIND == "e2m1" else 2)
         if CT == tl.bfloat16:  # noqa: SIM300 - Triton compares so
-            if KIND == "nf4":
-                low, high = tl.inline_asm_elementwise(
-                    _NF4_BF16, "=r,=r,=r,=r,r", [raw], (tl.bfloat16, tl.bfloat16), True, 4
-                )
-            elif KIND == "e2m1":
-                low, high = tl.inline_asm_elementwise(
-                    _E2M1_BF16, "=r,=r,=r,=r,r", [raw], (tl.bfloat16, tl.bfloat16), True, 4
-                )
-            else:
-                low, high = tl.inline_asm_elementwise(
-                    _BITMOD_BF16, "=r,=r,=r,=r,r", [raw], (tl.bfloat16, tl.bfloat16), True, 4
-                )
+            low, high = tl.inline_asm_elementwise(
+                _LEVELS_BF16[TABLE], "=r,=r,=r,=r,r", [raw], (tl.bfloat16, tl.bfloat16), True, 4
+            )
         else:
-            if KIND == "nf4":
-                low, high = tl.inline_asm_elementwise(
-                    _NF4_FP16, "=r,=r,=r,=r,r", [raw], (tl.float16, tl.float16), True, 4
-                )
-            elif KIND == "e2m1":
-                low, high = tl.inline_asm_elementwise(
-                    _E2M1_FP16, "=r,=r,=r,=r,r", [raw], (tl.float16, tl.float16), True, 4
-                )
-            else:
-                low, high = tl.inline_asm_elementwise(
-                    _BITMOD_FP16, "=r,=r,=r,=r,r", [raw], (tl.float16, tl.float16), True, 4
-                )
+            low, high = tl.inline_asm_elementwise(
+                _LEVELS_FP16[TABLE], "=r,=r,=r,=r,r", [raw], (tl.float16, tl.float16), True, 4
+            )
         return low.to(CT), high.to(CT)
     else:
         code = raw.to(tl.int32)

@@ -176,7 +176,7 @@ def test_integers_in_ptx_are_magic_numbers_plus_codes(bits: int, planes: int) ->
 
     for plane in range(planes):
         for dtype, magic in (("BF16", 0x4300), ("FP16", 0x6400)):
-            text = getattr(_codes, f"_INT{bits}_{dtype}_{plane}").value
+            text = getattr(_codes, f"_INT{bits}_{dtype}").value[plane]
             for word in torch.randint(0, 2**31, (20,)).tolist():
                 found = run_ptx(text, word, 2)
                 halves = [(found[i // 2] >> 16 * (i % 2)) & 0xFFFF for i in range(4)]
