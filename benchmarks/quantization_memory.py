@@ -6,8 +6,8 @@ Each pass runs in a process of its own on a decoder of 12 layers of width 512 wi
 (257 MB in float32), on 4 batches of 1 x 256 tokens. The peak is the process's largest resident set,
 what ``/usr/bin/time -v`` calls "Maximum resident set size", less that of the same process once
 everything is imported and the pass has run on a tiny model. It is given as a multiple of the
-float32 weights, beside the values that calibration held between layers and the second moment of the
-widest input ("statistics", both part of the peak). Nothing but the pass holds the model.
+float32 weights, beside the values and matrices that calibration held at most and the second moment
+of the widest input (both part of the peak). Nothing but the pass holds the model.
 
 ``--times`` measures on the language model what GPTQ's time is made of: one run of the calibration
 data, the Cholesky factors and inverses of all second moments, and the whole pass.
@@ -55,6 +55,7 @@ PASSES: dict[str, tuple[str, Options]] = {
     "outlier split": ("split-outliers", {"by": "value"}),
     "int8, ranges at run time": ("quantize-dynamic", {}),
     "int8, static ranges": ("quantize-static", {}),
+    "and corrected biases": ("quantize-static", {"correct_bias": True}),
     "NF4": ("quantize-levels", {}),
 }
 TOKENS, BATCHES = 256, 4
