@@ -108,8 +108,8 @@ class StoredTiles:
     def __init__(self, tables: Mapping[str, Mapping[int, Tile]]) -> None:
         self._tables = {key: sorted(found.items()) for key, found in tables.items()}
 
-    def __call__(self, found: Problem) -> Tile:
+    def __call__(self, problem: Problem) -> Tile:
         """The tile of the next larger bucket; the last one's for more rows than all of them."""
-        rows = found["rows"]
-        table = self._tables[table_key(found)]
+        rows = problem["rows"]
+        table = self._tables[table_key(problem)]
         return next((config for limit, config in table if rows <= limit), table[-1][1])
