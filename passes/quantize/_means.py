@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from mopt.effects import argument
 from mopt.formats.base import row_pieces
 from mopt.layers import LINEAR, Layer
+from mopt.machine import trim_heap
 from mopt.observers import Observer
 from mopt.pass_base import PassContext
 from mopt.passes.quantize._pairs import channel_axis, replace_argument
@@ -47,7 +48,11 @@ class OutputShift:
         mean = self._sum / max(self._count, 1)
         if self._call.target not in LINEAR:
             return mean
-        return torch.cat([self._change(at).double() @ mean for at in row_pieces(weight)])
+        # Filled in place: small results kept between large pieces would scatter over the heap.
+        moved = torch.empty(len(weight), dtype=torch.float64, device=weight.device)
+        for at in row_pieces(weight):
+            moved[at] = self._change(at).double() @ mean
+        return moved
 
 
 class _Several:
@@ -87,4 +92,5 @@ def correct_means(program: Program, ctx: PassContext, changes: Mapping[Layer, Ch
         moved = shift.mean(weight)
         total = -moved if bias is None else bias.double() - moved
         replace_argument(program, call, 2, total, "corrected")
+        trim_heap()
     return len(shifts)
