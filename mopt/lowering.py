@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mopt import __version__
 from mopt.disk import scratch_folder
-from mopt.errors import ArtifactError, LoweringError, UsageError, quote
+from mopt.errors import ArtifactError, LoweringError, UsageError
 from mopt.files import write_folder
 from mopt.json_files import json_bytes, parse_json, read_json
+from mopt.manifest import SCHEMA, check_manifest
 from mopt.pass_base import Skip
 from mopt.registry import find_backend
 from mopt.report import Report
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 REPORT = "report.json"
 SAMPLE = "sample.npz"
-SCHEMA = 1
 
 
 class Runner(Protocol):
@@ -238,7 +238,7 @@ def read_manifest(folder: str | Path, *, check_hashes: bool = True) -> dict[str,
     with Folder(folder) as opened:
         with opened.open_file(MANIFEST) as file:
             manifest = read_json(file)
-        _check_manifest(manifest)
+        check_manifest(manifest)
         for name, entry in manifest["files"].items():
             with opened.open_file(name) as file:
                 if file.size != entry["bytes"]:
@@ -362,47 +362,3 @@ def _entry(path: Path) -> dict[str, Any]:
     from mopt.safe_read import sha256_of
 
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-
-
-def _check_manifest(manifest: Any) -> None:
-    if not isinstance(manifest, dict):
-        raise ArtifactError("the manifest is not a table", code="malformed-manifest")
-    if manifest.get("schema") != SCHEMA:
-        raise ArtifactError(
-            f"manifest schema {quote(manifest.get('schema'))}, this mopt reads {SCHEMA}",
-            code="manifest-schema",
-            hint="install the mopt that made it, or compile again",
-        )
-    texts = ("mopt", "model", "backend", "target", "kind")
-    wrong = [key for key in texts if not isinstance(manifest.get(key), str)]
-    if not isinstance(manifest.get("files"), dict) or not manifest["files"]:
-        wrong.append("files")
-    if not isinstance(manifest.get("parts"), list) or not manifest["parts"]:
-        wrong.append("parts")
-    if wrong or manifest["kind"] not in ("whole", "islands"):
-        raise ArtifactError(f"the manifest lacks {wrong or 'kind'}", code="malformed-manifest")
-    for name, entry in manifest["files"].items():
-        if (
-            not isinstance(entry, dict)
-            or not isinstance(entry.get("bytes"), int)
-            or not isinstance(entry.get("sha256"), str)
-        ):
-            raise ArtifactError(f"bad entry for file {quote(name)}", code="malformed-manifest")
-    paths = []
-    for part in manifest["parts"]:
-        keys = {"path", "folder", "signature"}
-        if not isinstance(part, dict) or set(part) != keys or not (
-            isinstance(part["path"], str) and isinstance(part["folder"], str)
-        ):  # fmt: skip
-            raise ArtifactError("a part is malformed", code="malformed-manifest")
-        if part["folder"] and not any(
-            n.startswith(part["folder"] + "/") for n in manifest["files"]
-        ):
-            raise ArtifactError(
-                f"part folder {quote(part['folder'])} holds no listed file",
-                code="malformed-manifest",
-            )
-        paths.append(part["path"])
-        Signature.from_json(part["signature"])
-    if manifest["kind"] == "whole" and paths != [""]:
-        raise ArtifactError("a whole model has exactly one part", code="malformed-manifest")

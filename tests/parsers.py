@@ -294,7 +294,8 @@ def _kernels(scratch: Path) -> Made:
              "scratch": 0, "warps": 4, "threads": 128, "stages": 2,
              "constants": {"BLOCK": "32"}}  # fmt: skip
     data = {"schema": 1, "triton": "3.4", "target": "sm_90", "lowered": [], "left": [],
-            "pytorch": [], "share": 0.5, "checked": {}, "rejected": [],
+            "pytorch": [], "share": 0.5, "checked": {}, "rejected": [], "measured": {},
+            "values": {},
             "tables": {"sm_90": {"key": []}}, "binaries": {"sm_90": {"key": entry}}}  # fmt: skip
 
     def parse(raw: bytes, scratch: Path) -> object:
