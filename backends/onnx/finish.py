@@ -74,7 +74,7 @@ def _share_equal_initializers(graph: ir.Graph) -> None:
 def _identity(tensor: ir.TensorProtocol) -> tuple[object, ...]:
     # Over the values where they are: a table's bytes would be copied several times.
     values = np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
-    return tensor.dtype, tuple(tensor.shape.numpy()), hashlib.sha256(values).digest()
+    return tensor.dtype, tuple(tensor.shape.numpy()), hashlib.sha256(values.data).digest()
 
 
 def _order_initializers(graph: ir.Graph) -> None:
