@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mopt.calibration import Calibration
 from mopt.errors import InputError, LimitError, PassError
 from mopt.formats.int_blocks import IntBlocks
+from mopt.layers import find_layers
 from mopt.lowering import lower
 from mopt.pass_base import PassContext
 from mopt.passes.quantize._calibrated import Moments, correction, grid_for
@@ -201,8 +202,10 @@ def test_statistics_say_what_was_held() -> None:
     assert stats["batches"] == 4
     assert stats["output_error"].keys() == stats["formats"].keys()
     assert all(0 < error < 0.1 for error in stats["output_error"].values())
-    # Tokens 2 x 6 in four batches; at most the residual and q, k, v and a norm are alive at once.
-    assert 0 < stats["peak_activation_bytes"] < 4 * (2 * 6 * 4) * 6 * 64
+    # Tokens 2 x 6 in four batches; at most the residual and q, k, v and a norm are alive at once,
+    # and the moment, the drift and one matrix in float64 of the layer that is rounded.
+    widest = max(layer.shape[1] for layer in find_layers(program) if layer.kind == "linear")
+    assert 0 < stats["peak_activation_bytes"] < 4 * (2 * 6 * 4) * 6 * 64 + 16 * widest**2
 
 
 def test_a_limit_on_memory_is_obeyed() -> None:
