@@ -9,9 +9,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# What the user's cache holds must not decide whether a test passes, nor tests fill it.
-_CACHE = tempfile.TemporaryDirectory(prefix="mopt-test-cache-")
-os.environ["XDG_CACHE_HOME"] = _CACHE.name
+# What the user's cache holds must not decide whether a test passes, nor tests fill it. Processes
+# that share the tests share one.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="mopt-test-cache-")
+    os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 # One thread makes sums come out in one order, so "bit for bit" means the same on every machine.
 torch.set_num_threads(1)
