@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from mopt.effects import argument
+
 _aten = torch.ops.aten
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # A tile along K must hold a whole group; longer ones would not fit the chip's registers.
@@ -24,13 +26,6 @@ def calls(module: fx.GraphModule, *targets: Any) -> Iterator[fx.Node]:
 def is_call(node: Any, *targets: Any) -> bool:
     """Whether an argument is the result of one of these operators."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
-
-
-def argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
-    """An argument by its place or name."""
-    if len(node.args) > place:
-        return node.args[place]
-    return node.kwargs.get(name, default)
 
 
 def constant(module: fx.GraphModule, value: Any) -> Tensor | None:
@@ -65,7 +60,7 @@ def activation_of(node: fx.Node) -> str | None:
         return "relu"
     if is_call(node, _aten.silu.default):
         return "silu"
-    if is_call(node, _aten.gelu.default) and argument(node, 1, "approximate", "none") == "none":
+    if is_call(node, _aten.gelu.default) and argument(node, "approximate") == "none":
         return "gelu"
     return None
 
@@ -86,7 +81,7 @@ def linear_parts(module: fx.GraphModule, node: Any) -> tuple[Tensor, Tensor | No
     """Weight and bias of a linear layer whose weights are stored floats, None for others."""
     if not is_call(node, _aten.linear.default):
         return None
-    found = constants(module, (node.args[1], argument(node, 2, "bias")))
+    found = constants(module, (node.args[1], argument(node, "bias")))
     if found is None or found[0] is None or found[0].dtype not in FLOATS:
         return None
     return found[0], found[1]

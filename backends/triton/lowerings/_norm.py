@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from mopt.backends.triton.match import FLOATS, argument, constants
+from mopt.backends.triton.match import FLOATS, constants
 from mopt.backends.triton.values import value_of
+from mopt.effects import argument
 
 _aten = torch.ops.aten
 RMS_NORM, LAYER_NORM = _aten.rms_norm.default, _aten.layer_norm.default
@@ -39,13 +40,13 @@ def read_norm(module: fx.GraphModule, node: fx.Node) -> Norm | None:
     centered = node.target == LAYER_NORM
     x, shape = node.args[:2]
     value = value_of(x)
-    affine = (argument(node, 2, "weight"), argument(node, 3, "bias") if centered else None)
+    affine = (argument(node, "weight"), argument(node, "bias") if centered else None)
     stored = constants(module, affine)
     if stored is None or value is None or value.dtype not in FLOATS or len(shape) != 1:  # type: ignore[arg-type]
         return None
     if not isinstance(x, fx.Node) or not isinstance(value.shape[-1], int):
         return None
-    eps = argument(node, 4 if centered else 3, "eps", 1e-5 if centered else None)
+    eps = argument(node, "eps")
     if eps is None:
         eps = torch.finfo(value.dtype).eps
     assert isinstance(eps, float)

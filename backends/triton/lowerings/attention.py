@@ -11,9 +11,10 @@ from mopt.backends.triton.kernel import Kernel, Problem, problem
 from mopt.backends.triton.kernels import flash_attention
 from mopt.backends.triton.launch import Runner, Tile
 from mopt.backends.triton.layers import KernelLayer
-from mopt.backends.triton.match import FLOATS, argument, calls
+from mopt.backends.triton.match import FLOATS, calls
 from mopt.backends.triton.rewrite import Left, Lowering, Site
 from mopt.backends.triton.values import value_of
+from mopt.effects import argument
 
 FLASH_ATTENTION = Kernel(
     "flash-attention", flash_attention.space, flash_attention.legal, flash_attention.work,
@@ -81,9 +82,9 @@ def _reason(node: fx.Node) -> str | None:
     if any(value is None or value.dim() != 4 for value in values):
         return "queries, keys and values are not (batch, heads, tokens, width)"
     q, k, v = (value for value in values if value is not None)
-    if argument(node, 3, "attn_mask") is not None:
+    if argument(node, "attn_mask") is not None:
         return "it has a mask of its own"
-    if argument(node, 4, "dropout_p", 0.0):
+    if argument(node, "dropout_p"):
         return "it drops weights by chance"
     if q.dtype not in FLOATS:
         return f"queries in {q.dtype}"
@@ -99,7 +100,7 @@ def _reason(node: fx.Node) -> str | None:
 def _site(node: fx.Node) -> Site:
     q, k = value_of(node.args[0]), value_of(node.args[1])
     assert q is not None and k is not None
-    causal = bool(argument(node, 5, "is_causal", False))
+    causal = bool(argument(node, "is_causal"))
     scale = node.kwargs.get("scale")
     assert scale is None or isinstance(scale, float)
     width, heads, dtype = int(q.shape[3]), int(k.shape[1]), q.dtype

@@ -16,7 +16,6 @@ from mopt.backends.triton.layers import KernelLayer
 from mopt.backends.triton.match import (
     FLOATS,
     LONGEST_GROUP,
-    argument,
     calls,
     constants,
     first,
@@ -25,6 +24,7 @@ from mopt.backends.triton.match import (
 from mopt.backends.triton.planes import pack_blocks, pack_levels
 from mopt.backends.triton.rewrite import Left, Lowering, Site, rows_sample
 from mopt.backends.triton.values import value_of
+from mopt.effects import argument
 
 _aten, _mopt = torch.ops.aten, torch.ops.mopt
 LINEAR_CODES = Kernel("linear-codes", linear_codes.space, linear_codes.legal, linear_codes.work)
@@ -116,7 +116,7 @@ def _levels(module: fx.GraphModule, node: fx.Node) -> Site | Left:
     weight = node.args[1]
     assert isinstance(weight, fx.Node)
     *stored, kind, scale_kind, columns = weight.args
-    tensors = constants(module, (*stored, argument(node, 2, "bias")))
+    tensors = constants(module, (*stored, argument(node, "bias")))
     if tensors is None:
         return Left(node, "the weight is computed, not stored")
     codes, scales, tensor_scale = tensors[0], tensors[1], tensors[3]

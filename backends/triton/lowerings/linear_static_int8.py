@@ -13,7 +13,6 @@ from mopt.backends.triton.layers import KernelLayer
 from mopt.backends.triton.lowerings._bytes import LINEAR_BYTES, BytesLinear
 from mopt.backends.triton.match import (
     FLOATS,
-    argument,
     calls,
     constant,
     constants,
@@ -23,6 +22,7 @@ from mopt.backends.triton.match import (
 )
 from mopt.backends.triton.rewrite import Left, Lowering, Site
 from mopt.backends.triton.values import value_of
+from mopt.effects import argument
 
 _aten, _mopt = torch.ops.aten, torch.ops.mopt
 _CODES = (torch.uint8, torch.int8)
@@ -64,7 +64,7 @@ def _find(module: fx.GraphModule) -> Iterator[Site | Left]:
 
 
 def _site(module: fx.GraphModule, node: fx.Node) -> Site | Left:
-    x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
+    x, weight, bias = node.args[0], node.args[1], argument(node, "bias")
     assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
     source = x.args[0]
     code_value, output = value_of(source), value_of(node)

@@ -18,13 +18,13 @@ from mopt.backends.triton.launch import Runner, Tile
 from mopt.backends.triton.layers import KernelLayer
 from mopt.backends.triton.match import (
     FLOATS,
-    argument,
     calls,
     constant,
     is_call,
 )
 from mopt.backends.triton.rewrite import Left, Lowering, Site
 from mopt.backends.triton.values import Value, value_of
+from mopt.effects import argument
 
 _aten = torch.ops.aten
 
@@ -113,7 +113,7 @@ def _site(module: fx.GraphModule, node: fx.Node, plain: Any, turned: Any) -> Sit
 
 def _halves_of(joined: Any, x: Any) -> tuple[fx.Node, ...] | None:
     """The calls behind ``cat(-x2, x1)`` on the last axis, None where it is anything else."""
-    if not is_call(joined, _aten.cat.default) or argument(joined, 1, "dim", 0) not in (-1, 3):
+    if not is_call(joined, _aten.cat.default) or argument(joined, "dim") not in (-1, 3):
         return None
     parts = joined.args[0]
     if len(parts) != 2 or not is_call(parts[0], _aten.neg.default):
@@ -125,7 +125,7 @@ def _halves_of(joined: Any, x: Any) -> tuple[fx.Node, ...] | None:
     chunk = first.args[0]
     if second.args[0] is not chunk or not is_call(chunk, _aten.chunk.default):
         return None
-    if chunk.args[0] is not x or chunk.args[1] != 2 or argument(chunk, 2, "dim", 0) not in (-1, 3):
+    if chunk.args[0] is not x or chunk.args[1] != 2 or argument(chunk, "dim") not in (-1, 3):
         return None
     return joined, parts[0], first, second, chunk
 
@@ -133,7 +133,7 @@ def _halves_of(joined: Any, x: Any) -> tuple[fx.Node, ...] | None:
 def _has_equal_halves(module: fx.GraphModule, angle: Any, x: Value) -> bool:
     """Whether it is rows of a stored table (tokens, width) whose halves are the same."""
     table = angle
-    while is_call(table, _aten.slice.Tensor) and argument(table, 1, "dim", 0) == 0:
+    while is_call(table, _aten.slice.Tensor) and argument(table, "dim") == 0:
         table = table.args[0]
     stored, value = constant(module, table), value_of(angle)
     if stored is None or value is None or stored.dim() != 2 or stored.dtype != x.dtype:
