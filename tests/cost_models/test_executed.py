@@ -15,7 +15,7 @@ from mopt.errors import ArtifactError, InputError
 
 @pytest.fixture(name="model")
 def _model(tmp_path: Path) -> tuple[Path, dict[str, np.ndarray]]:
-    built, inputs, _ = build_probe("chain.encoder", (0, 4, 64, 4), 1)
+    built, inputs, _ = build_probe("linear.fp32", (4, 8, 16), 4)
     path = tmp_path / "model.onnx"
     path.write_bytes(built)
     return path, inputs
