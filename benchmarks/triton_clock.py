@@ -207,6 +207,7 @@ class DryBench(Bench):
 
     def _prepare(self) -> None:
         self.device, self.run = "cpu", run_interpreted
+        torch.manual_seed(0)
         self.cache, self.units, self.copy, self.rate = 0, 132, 4e12, 8e14
         self.chip = Chip(self.units, self.copy, self.rate, self.units * 128 * 1.7e9, 3e-6)
 
