@@ -34,13 +34,11 @@ class TileTable(Protocol):
 class KernelLayer(nn.Module, ABC):
     """A layer of a lowered graph. ``bind`` must come before the first call.
 
-    ``buckets`` are the numbers of rows tiles are chosen for. Calls of fewer than ``least_rows``
-    rows would leave most of a chip idle and go to :meth:`without_kernel`.
+    ``buckets`` are the numbers of rows tiles are chosen for.
     """
 
     kernel: ClassVar[Kernel]
     buckets: ClassVar[tuple[int, ...]] = BUCKETS
-    least_rows: ClassVar[int] = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,13 +54,7 @@ class KernelLayer(nn.Module, ABC):
         """What the operators compute."""
         assert self._run is not None and self._tiles is not None, "the layer is not bound"
         rows, dtype = self.rows_of(*inputs)
-        if rows < self.least_rows and not self._always:
-            return self.without_kernel(*inputs)
         return self.compute(self._run, self._tiles(self.problem(rows, dtype)), *inputs)
-
-    def without_kernel(self, *inputs: Tensor) -> Any:
-        """The same by PyTorch's operators, for calls below ``least_rows``."""
-        raise NotImplementedError(f"{type(self).__name__} has a kernel for any number of rows")
 
     @abstractmethod
     def rows_of(self, *inputs: Tensor) -> tuple[int, torch.dtype]:
@@ -95,6 +87,22 @@ class KernelLayer(nn.Module, ABC):
         recorder = Recorder()
         self.on_meta().compute(recorder, config, *self.example(rows, dtype))
         return list(recorder.launches.values())
+
+
+class ManyRowsLayer(KernelLayer, ABC):
+    """A layer whose kernel would leave most of a chip idle for fewer than ``least_rows`` rows."""
+
+    least_rows: ClassVar[int]
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """What the operators compute, of few rows by PyTorch's operators."""
+        if self.rows_of(*inputs)[0] < self.least_rows and not self._always:
+            return self.without_kernel(*inputs)
+        return super().forward(*inputs)
+
+    @abstractmethod
+    def without_kernel(self, *inputs: Tensor) -> Any:
+        """The same by PyTorch's operators."""
 
 
 def table_key(found: Problem) -> str:

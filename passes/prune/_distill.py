@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from mopt.calibration import Call
 from mopt.layers import CONVOLUTIONS, LINEAR
+from mopt.pass_base import PassContext
 from mopt.program import Program
 from mopt.trainable import Trainable
 
@@ -49,6 +50,19 @@ class Adapter:
             return self.free[0] if self.mask is None else self.free[0] * self.mask
         change = self.free[1] @ self.free[0]
         return self.start + (change if self.mask is None else change * self.mask)
+
+
+def find_teacher(program: Program, ctx: PassContext, what: str) -> Program | str:
+    """The program before the first lossy pass, or why there is nothing to learn from it.
+
+    ``what`` is what should come before rounding, such as "train".
+    """
+    teacher = ctx.unrounded.parts().get(program.path) if ctx.unrounded is not None else None
+    if teacher is None or teacher.fingerprint() == program.fingerprint():
+        return "nothing was lost so far"
+    if any("mopt." in str(node.target) for node in program.graph.nodes):
+        return f"its weights are rounded already: {what} before that"
+    return teacher
 
 
 def trainable_readers(program: Program) -> list[fx.Node]:

@@ -14,7 +14,7 @@ from mopt.pass_base import (
     option,
     register_pass,
 )
-from mopt.passes.prune._distill import Distillation
+from mopt.passes.prune._distill import Distillation, find_teacher
 from mopt.passes.prune._moments import restore_moments
 from mopt.program import Program
 
@@ -50,11 +50,9 @@ class EstimateBatchNorm(Pass):
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         assert ctx.calibration is not None
-        teacher = ctx.unrounded.parts().get(program.path) if ctx.unrounded is not None else None
-        if teacher is None or teacher.fingerprint() == program.fingerprint():
-            return _left("nothing was lost so far")
-        if any("mopt." in str(node.target) for node in program.graph.nodes):
-            return _left("its weights are rounded already: estimate before that")
+        teacher = find_teacher(program, ctx, "estimate")
+        if isinstance(teacher, str):
+            return _left(teacher)
         trial = program.copy()
         layers = restore_moments(trial, teacher, program.plan.get("kept_channels", {}), ctx)
         if not layers:

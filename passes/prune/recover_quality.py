@@ -22,6 +22,7 @@ from mopt.passes.prune._distill import (
     Adapter,
     Distillation,
     common_values,
+    find_teacher,
     trainable_readers,
 )
 from mopt.program import Program
@@ -65,11 +66,9 @@ class RecoverQuality(Pass):
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         assert ctx.calibration is not None
-        teacher = ctx.unrounded.parts().get(program.path) if ctx.unrounded is not None else None
-        if teacher is None or teacher.fingerprint() == program.fingerprint():
-            return self._left("nothing was lost so far")
-        if any("mopt." in str(node.target) for node in program.graph.nodes):
-            return self._left("its weights are rounded already: train before that")
+        teacher = find_teacher(program, ctx, "train")
+        if isinstance(teacher, str):
+            return self._left(teacher)
         readers = trainable_readers(program)
         batches = list(ctx.calibration.for_part(program))
         if len(batches) < 2 or not readers:

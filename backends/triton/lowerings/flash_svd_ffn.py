@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from mopt.backends.triton.kernel import Kernel, Problem, problem
 from mopt.backends.triton.kernels import flash_svd_ffn
 from mopt.backends.triton.launch import Runner, Tile
-from mopt.backends.triton.layers import KernelLayer
+from mopt.backends.triton.layers import ManyRowsLayer
 from mopt.backends.triton.match import (
     activation_of,
     calls,
@@ -44,7 +44,7 @@ class _Wide:
     bias: Tensor | None
 
 
-class FlashSvdFfn(KernelLayer):
+class FlashSvdFfn(ManyRowsLayer):
     """The middle of the block, from the first factors' outputs to that of down's first one."""
 
     kernel = FLASH_SVD_FFN

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from mopt.backends.triton.kernel import Kernel, Problem, problem
 from mopt.backends.triton.kernels import linear_low_rank
 from mopt.backends.triton.launch import Runner, Tile
-from mopt.backends.triton.layers import KernelLayer
+from mopt.backends.triton.layers import ManyRowsLayer
 from mopt.backends.triton.match import calls, linear_parts, only_reader
 from mopt.backends.triton.rewrite import Left, Lowering, Site, rows_sample
 from mopt.backends.triton.values import value_of
@@ -22,7 +22,7 @@ LINEAR_LOW_RANK = Kernel(
 _linear = torch.ops.aten.linear.default
 
 
-class LowRankLinear(KernelLayer):
+class LowRankLinear(ManyRowsLayer):
     """``outer @ (inner @ x) + bias``; two products by PyTorch where there are few rows."""
 
     kernel = LINEAR_LOW_RANK
