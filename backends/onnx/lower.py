@@ -14,6 +14,7 @@ import torch
 from mopt.backends.onnx.apart import ApartRunner
 from mopt.backends.onnx.export import export_onnx
 from mopt.backends.onnx.finish import name_sizes
+from mopt.backends.onnx.model_file import write_model
 from mopt.backends.onnx.session import open_session, probe_file
 from mopt.pass_base import Skip
 from mopt.program import Program, site_of
@@ -23,7 +24,7 @@ MODEL = "model.onnx"
 DATA = "model.onnx.data"
 # Int4 weights become floats of eight times their size, which the runtime holds up to three times.
 _PROBE_BYTES, _PROBE_TIMES = 1 << 30, 24
-# A protobuf message ends at 2 GiB, and making or reading a large one takes three times its bytes;
+# A protobuf message ends at 2 GiB, and reading a large one takes three times its bytes;
 # weights in a file beside it are written one by one and mapped when they are read.
 EXTERNAL_FROM_BYTES = 1 << 28
 
@@ -82,19 +83,15 @@ class OnnxBackend:
             output_names=[spec.name for spec in signature.outputs],
         )
         name_sizes(model, signature)
-        weights = sum(
-            value.const_value.nbytes
-            for value in model.graph.initializers.values()
-            if value.const_value is not None
-        )
+        initializers = list(model.graph.initializers.values())
+        weights = sum(v.const_value.nbytes for v in initializers if v.const_value is not None)
         if weights >= EXTERNAL_FROM_BYTES:
             ir.save(model, folder / MODEL, external_data=DATA, size_threshold_bytes=1024)
         else:
-            proto = ir.to_proto(model)
-            (folder / MODEL).write_bytes(proto.SerializeToString(deterministic=True))
+            write_model(model, folder / MODEL)
         # The exporter's rewrite rules remember the last graph they saw, for as long as the process
         # lives: it need not keep a second copy of the weights.
-        for value in model.graph.initializers.values():
+        for value in initializers:
             value.const_value = None
         return [MODEL, DATA] if weights >= EXTERNAL_FROM_BYTES else [MODEL]
 
