@@ -2,12 +2,15 @@
 
     python -m benchmarks.chooser [--models pydoc-gpt,digits-cnn] [--recipes a,b] [--no-measure]
     python -m benchmarks.chooser --models '' --encoder MODEL TEXT    (as for sentence_encoder)
+    python -m benchmarks.chooser --front 6 --no-rows     (the front of mopt pareto, built)
 
 First the integer program alone: random models of 200 layers with 12 candidates and two budgets.
 Then, for each trained model and each uniform recipe: the least loss of quality in the recipe's
-size (and, measured, in its time), and the smallest result (and the fastest) of its quality. Every
-result is compiled and judged by the model's own metric. Speeds are ratios to the uncompressed model
-from alternated pairs of processes; the load average stands beside them. Results go to
+size (and, measured, in its time), and the smallest result (and the fastest) of its quality. With
+``--front N`` the points of ``mopt pareto --points N`` are built and each is held against every
+recipe: one that is no larger, no slower and loses no more dominates it. Every result is compiled
+and judged by the model's own metric. Speeds are ratios to the uncompressed model from alternated
+pairs of processes; the load average stands beside them. Results go to
 ``benchmarks/results/chooser.json`` and as Markdown to standard output.
 """
 
@@ -31,6 +34,7 @@ from benchmarks.sentence_encoder import JUDGED, batches, embed, read_sentences
 from mopt import models
 from mopt.driver import Settings
 from mopt.errors import BudgetNotMet, MoptError
+from mopt.front import solve_front
 from mopt.hf_folder import load_hf_folder
 from mopt.machine import machine_fingerprint
 from mopt.models._entry import ZooModel
@@ -69,6 +73,8 @@ def main() -> None:
     parser.add_argument("--encoder", nargs=2, type=Path, metavar=("MODEL", "TEXT"))
     parser.add_argument("--recipes", default=",".join(RECIPES))
     parser.add_argument("--measure", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--rows", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--front", type=int, default=0, metavar="N")
     parser.add_argument("--problems", type=int, default=10)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -78,6 +84,7 @@ def main() -> None:
         "measured": options.measure,
         "program": program_numbers(options.problems),
         "models": {},
+        "fronts": {},
     }
     print(program_markdown(document["program"]))
     entries = [models.load(name) for name in filter(None, options.models.split(","))]
@@ -89,7 +96,11 @@ def main() -> None:
         for row in compare(entry, options):
             rows.append(row)
             options.output.write_text(json.dumps(document, indent=1) + "\n")
-        print(markdown(entry.name, rows), flush=True)
+        if options.rows:
+            print(markdown(entry.name, rows), flush=True)
+        if options.front:
+            document["fronts"][entry.name] = points = front(entry, rows, options)
+            print(front_markdown(entry.name, points, rows), flush=True)
     options.output.write_text(json.dumps(document, indent=1) + "\n")
 
 
@@ -185,12 +196,40 @@ def compare(entry: ZooModel, options: argparse.Namespace) -> Iterator[dict[str, 
             budgets["in its time"] = [f"latency<={uniform['ratio']:.4f}x", "minimize=loss"]
             budgets["of its quality, fastest"] = [kept, "minimize=latency"]
         row: dict[str, Any] = {"recipe": recipe, "base_bytes": base, "uniform": uniform}
+        if not options.rows:
+            yield row
+            continue
         for title, budget in budgets.items():
             found = compiled(entry, options, budget=budget, allow_slower="size" in title)
             found.pop("base_bytes")
             row[title] = found
             print(f"{name} {recipe} {title}: {found}", file=sys.stderr, flush=True)
         yield row
+
+
+def front(
+    entry: ZooModel, rows: list[dict[str, Any]], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """The points of the front, built, with the recipes that dominate each."""
+    found = []
+    for point in solve_front(
+        entry.build(), entry.example_inputs(), points=options.front, measure=options.measure,
+        calibration=entry.calibration(), evaluate=entry.evaluate, threads=options.threads,
+    ):  # fmt: skip
+        built = compiled(entry, options, budget=[point["budget"], "minimize=loss"],
+                         allow_slower=True)  # fmt: skip
+        built["budget"] = point["budget"]
+        built["estimated"] = {name: point[name] for name in ("size", "latency", "loss")}
+        built["dominated_by"] = [row["recipe"] for row in rows if dominates(row["uniform"], built)]
+        print(f"{entry.name} front {built}", file=sys.stderr, flush=True)
+        found.append(built)
+    return found
+
+
+def dominates(recipe: dict[str, Any], point: dict[str, Any]) -> bool:
+    """Whether a recipe is at least as good in everything and better in something."""
+    keys = [k for k in ("size_bytes", "loss", "ratio") if None not in (recipe[k], point[k])]
+    return all(recipe[k] <= point[k] for k in keys) and any(recipe[k] < point[k] for k in keys)
 
 
 def compiled(entry: Any, options: argparse.Namespace, **how: Any) -> dict[str, Any]:
@@ -242,6 +281,21 @@ def markdown(name: str, rows: list[dict[str, Any]]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def front_markdown(name: str, points: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
+    """The points beside the recipes they were held against."""
+    lines = [
+        f"### {name}: the front of {len(points)} points, built, beside {len(rows)} recipes", "",
+        "| budget | size | loss | time | dominated by |", "|---|--:|--:|--:|---|",
+    ]  # fmt: skip
+    for point in points:
+        time_ = "-" if point["ratio"] is None else f"{point['ratio']:.3f}x"
+        lines.append(
+            f"| {point['budget']} | {point['size_bytes'] / point['base_bytes']:.3f}x | "
+            f"{100 * point['loss']:.3f} % | {time_} | {', '.join(point['dominated_by']) or '-'} |"
+        )
+    return "\n".join([*lines, ""])
 
 
 def removed(row: dict[str, Any], title: str) -> str:

@@ -2,7 +2,8 @@
 
 MODEL is as for mopt compile. Each point is one solved choice of formats for all layers, from the
 same measured losses and times of operators; no point is compiled, so its totals are estimates. Give
-a point's budget to mopt compile to get the model. Any device may be the target.
+a point's budget to mopt compile, with --budget minimize=loss, to get the model. Any device may be
+the target.
 
 \b
 Examples:

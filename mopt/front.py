@@ -40,9 +40,10 @@ def solve_front(
 ) -> list[dict[str, Any]]:
     """Points with ``budget``, ``size`` (bytes), ``latency`` (ms), ``loss`` and ``formats``.
 
-    From the least that ``along`` ("size" or "latency") can be to the uncompressed model; each has
-    the least loss for its limit. Points that others equal are left out. ``measure`` times the
-    operators of the model where ``target`` is this machine; whole models are not timed.
+    From the least that ``along`` ("size" or "latency") can be to the first that loses next to
+    nothing (0.001 %); each has the least loss for its limit. Points that others equal are left
+    out. ``measure`` times the operators of the model where ``target`` is this machine; whole models
+    are not timed.
     """
     progress = progress or Progress()
     progress.stage("Capturing")

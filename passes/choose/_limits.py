@@ -17,6 +17,9 @@ from mopt.passes.choose._program import Candidate, Group, Pair, Problem, Solutio
 
 # With no budget at all: as fast as possible for a loss that few would notice.
 DEFAULT_LOSS = 0.01
+# Losses that no metric tells apart, and such that are worth less than time to who asked for bytes.
+NEGLIGIBLE = 1e-5
+UNNOTICED = 1e-3
 # Where no quality may be lost at all, so much is tried: a metric may not tell it from none.
 _LEAST_LOSS = 1e-4
 # Measured factors beyond these say that something else went wrong.
@@ -98,13 +101,15 @@ class Corrections:
 class Limits:
     """The problem's limits and objective, and the constants that make sums out of its amounts.
 
-    ``whole_ms`` is the estimated time of the uncompressed model.
+    ``whole_ms`` is the estimated time of the uncompressed model. Where the objective is the loss,
+    time decides among choices that lose the same ``within`` this share.
     """
 
     minimize: str
     limits: Mapping[str, float]
     fixed: Mapping[str, float]
     whole_ms: float
+    within: float = NEGLIGIBLE
 
 
 def objective(budget: Budget) -> str:
@@ -113,6 +118,14 @@ def objective(budget: Budget) -> str:
         return budget.minimize
     bounded = {constraint.what for constraint in budget.constraints} - {"quality"}
     return "loss" if bounded else "latency"
+
+
+def same_loss(budget: Budget) -> float:
+    """How far losses may be apart before the smaller one is worth time.
+
+    Who limits bytes and says no more wants a model that is smaller and not slower than it need be.
+    """
+    return NEGLIGIBLE if budget.minimize or budget.get("latency") else UNNOTICED
 
 
 def asks_for_size(budget: Budget) -> bool:
@@ -170,7 +183,7 @@ def read_limits(
             )
     if not budget.constraints and budget.minimize is None:
         limits["loss"] = DEFAULT_LOSS
-    return Limits(objective(budget), limits, fixed, whole_ms)
+    return Limits(objective(budget), limits, fixed, whole_ms, same_loss(budget))
 
 
 def make_problem(

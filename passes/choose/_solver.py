@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -30,6 +31,30 @@ def solve(problem: Problem, *, gap: float = GAP, seconds: float = 60.0) -> Solut
     for place, index in enumerate(order):
         choice[index] = found.choice[place]
     return replace(found, choice=tuple(choice), seconds=time.monotonic() - started)
+
+
+def settle(
+    problem: Problem, solution: Solution, within: float, *, seconds: float = 60.0
+) -> Solution:
+    """Of the choices that lose as little ``within`` a share, the fastest, or else the smallest.
+
+    Status, bound and prices stay those of the least loss.
+    """
+    if problem.minimize != "loss" or solution.excess or not problem.groups:
+        return solution
+    times = problem.table("latency")
+    second = "latency" if (times[:, 1:] < times[:, :1]).any() else "size"
+    most = min(solution.objective + within, problem.limits.get("loss", math.inf))
+    found = solve(
+        replace(problem, minimize=second, limits={**problem.limits, "loss": most}),
+        seconds=seconds,
+    )
+    if found.excess or found.totals[second] >= solution.totals[second]:
+        return solution
+    return replace(
+        solution, choice=found.choice, totals=found.totals, objective=found.totals["loss"],
+        seconds=solution.seconds + found.seconds,
+    )  # fmt: skip
 
 
 def _reordered(problem: Problem, order: Sequence[int]) -> Problem:

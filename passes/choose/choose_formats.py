@@ -44,7 +44,7 @@ from mopt.passes.choose._options import (
 from mopt.passes.choose._place import is_fitted, place
 from mopt.passes.choose._program import Problem, Solution
 from mopt.passes.choose._sensitivity import Losses, estimate
-from mopt.passes.choose._solver import solve
+from mopt.passes.choose._solver import settle, solve
 from mopt.passes.choose._widths import (
     Crossing,
     Widths,
@@ -195,6 +195,7 @@ class ChooseFormats(Pass):
             ])  # fmt: skip
             problem = make_problem([*sites, *narrower], limits, learned, pairs)
             solution = solve(problem, gap=self.gap, seconds=self.seconds)
+            solution = settle(problem, solution, limits.within, seconds=self.seconds)
             slower = slower_where_chosen(sites, problem, solution)
             if ctx.allow_slower or not slower:
                 return problem, solution

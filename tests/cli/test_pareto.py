@@ -40,7 +40,7 @@ def test_no_point_of_the_front_is_beaten_by_another(mopt: Call, wide: str) -> No
     assert 3 <= len(points) <= 6
     for one, other in pairwise(points):
         assert one["size"] < other["size"] and one["loss"] > other["loss"]
-    assert points[-1]["loss"] == 0
+    assert points[-1]["loss"] <= 1e-5 < points[-2]["loss"]
     assert points[0]["size"] < 0.4 * points[-1]["size"]
     assert all(point["budget"].startswith("size<=") for point in points)
 

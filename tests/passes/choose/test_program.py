@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mopt.passes.choose._heuristics import greedy, lagrangian
+from mopt.passes.choose._limits import NEGLIGIBLE
 from mopt.passes.choose._program import Candidate, Group, Pair, Problem
-from mopt.passes.choose._solver import GAP, solve
+from mopt.passes.choose._solver import GAP, settle, solve
 
 
 def candidate(name: str, size: float, latency: float, loss: float) -> Candidate:
@@ -120,6 +121,47 @@ def test_permuting_the_groups_changes_nothing(seed: int, pairs: int) -> None:
     first, second = solve(problem), solve(moved)
     assert [second.choice[place[i]] for i in range(15)] == list(first.choice)
     assert first.status == second.status
+
+
+@settings(max_examples=15)
+@given(seed=seeds, fine=st.sampled_from([1.0, 1e-3, 1e-5]))
+def test_settling_trades_losses_nobody_sees_for_time(seed: int, fine: float) -> None:
+    """``fine`` makes losses so small that most of them, or none, are negligible."""
+    problem = make(seed, 6, 4)
+    groups = tuple(
+        Group(g.name, tuple(
+            replace(c, amounts={**c.amounts, "loss": fine * c.amount("loss")})
+            for c in g.candidates
+        ))
+        for g in problem.groups
+    )  # fmt: skip
+    problem = replace(problem, groups=groups)
+    first = solve(problem, gap=0.0)
+    found = settle(problem, first, NEGLIGIBLE)
+    if first.excess:
+        assert found == first
+        return
+    assert not problem.excess(found.choice)
+    assert found.objective == problem.total(found.choice, "loss")
+    assert found.objective <= first.objective + NEGLIGIBLE * (1 + 1e-6)
+    assert found.totals["latency"] <= first.totals["latency"]
+    allowed = replace(
+        problem, minimize="latency",
+        limits={**problem.limits, "loss": first.objective + NEGLIGIBLE},
+    )  # fmt: skip
+    fastest = brute_force(allowed)
+    assert fastest is not None
+    assert found.totals["latency"] <= fastest * (1 + GAP) + 1e-9
+
+
+def test_settling_keeps_to_a_limit_on_loss_and_other_objectives() -> None:
+    kept, faster = candidate("fp32", 4, 2, 0.0), candidate("int8", 1, 1, NEGLIGIBLE / 2)
+    problem = Problem((Group("a", (kept, faster)),), "loss", {"latency": 3})
+    assert settle(problem, solve(problem), NEGLIGIBLE).choice == (1,)
+    strict = replace(problem, limits={"latency": 3, "loss": 0.0})
+    assert settle(strict, solve(strict), NEGLIGIBLE).choice == (0,)
+    other = replace(problem, minimize="energy")
+    assert settle(other, solve(other), NEGLIGIBLE).choice == solve(other).choice
 
 
 def test_prices_tell_what_more_budget_is_worth() -> None:
