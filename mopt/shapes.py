@@ -36,7 +36,8 @@ def trust_shapes(module: fx.GraphModule) -> None:
 class _Derivation(FakeTensorProp):
     def run_node(self, n: fx.Node) -> Any:
         origin = _origin(self.module, n)
-        if origin is not None and n.meta.get(_ORIGIN) == origin:
+        # A pass may have copied everything but the value from another node.
+        if origin is not None and n.meta.get(_ORIGIN) == origin and "val" in n.meta:
             return n.meta["val"]
         value = super().run_node(n)
         n.meta[_ORIGIN] = origin

@@ -45,3 +45,19 @@ def test_an_argument_that_is_exchanged_for_another_counts() -> None:
     cat.args = ([x, y, y],)
     program.refresh()
     assert cat.meta["val"].shape == (12, 3)
+
+
+def test_a_node_described_like_another_has_a_value_of_its_own() -> None:
+    """A pass that adds a call copies where it comes from, and may copy what its shape came from."""
+    x = torch.randn(2, 4)
+    program = capture(nn.Linear(4, 4).eval(), (x,))
+    program.refresh()
+    (call,) = (n for n in program.graph.nodes if n.target is torch.ops.aten.linear.default)
+    expected = program.run(x)
+    more = program.insert_call(call.target, call.args, like=call.next)
+    more.meta.update({key: value for key, value in call.meta.items() if key != "val"})
+    total = program.insert_call(torch.ops.aten.add.Tensor, (call, more), like=more.next)
+    call.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+    program.refresh()
+    assert more.meta["val"].shape == (2, 4)
+    torch.testing.assert_close(program.run(x), 2 * expected)
