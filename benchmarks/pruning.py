@@ -48,8 +48,7 @@ CNNS = ("digits-cnn", "resnet50", "mobilenet-v2", "unet2d", "unet3d")
 def base_program(name: str) -> tuple[Any, Program]:
     """A model of the zoo after the passes of the recipe `none`."""
     zoo = load(name)
-    # torch cannot derive the shapes of an LSTM call whose batch is symbolic once more.
-    shapes = zoo.dynamic_shapes() if zoo.dynamic_shapes and name != "lstm" else None
+    shapes = zoo.dynamic_shapes() if zoo.dynamic_shapes else None
     program = capture(zoo.build(), zoo.example_inputs(), shapes)
     return zoo, Pipeline(Recipe.load("none").passes()).run(program)
 

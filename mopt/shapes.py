@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.node import map_arg
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
@@ -23,7 +24,10 @@ def derive_shapes(module: fx.GraphModule) -> None:
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     values = [node.meta.get("val") for node in inputs]
     mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
-    _Derivation(module, mode).propagate_dont_convert_inputs(*values)
+    # Without PyTorch's own Python forms, operators made of others (LSTM, upsampling of volumes)
+    # read symbolic sizes as numbers: they fail, or fix the sizes to the example's.
+    with enable_python_dispatcher():
+        _Derivation(module, mode).propagate_dont_convert_inputs(*values)
 
 
 def trust_shapes(module: fx.GraphModule) -> None:
