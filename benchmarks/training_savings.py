@@ -33,6 +33,7 @@ from mopt.models.gpt_12x768 import Gpt
 from mopt.optim import FloatEightAdamW, LowRankAdamW
 from mopt.optimizer_state import state_bytes
 from mopt.streamed_backward import stream_blocks
+from mopt.training_step import TrainingStep
 
 
 def loss(_steps: int) -> dict[str, Any]:
@@ -140,7 +141,7 @@ def tune(steps: int, only: str = "", known: dict[str, Any] | None = None) -> dic
         with record_allocations() as seen:
             run(*data[0])
         runs[name] = {"losses": losses, "peak": seen.total.peak}
-        if isinstance(run, mopt.training_step.TrainingStep):
+        if isinstance(run, TrainingStep):
             done = run.plans[0]
             runs[name] |= {
                 "planned_peak": done.plan.figures.peak - done.kinds["weights and inputs"],

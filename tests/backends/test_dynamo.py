@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -166,6 +167,38 @@ def test_several_losses_and_accumulation() -> None:
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+class Counting(nn.Module):
+    """Buffers and an input that are overwritten behind their use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("scale", torch.full((WIDTH,), 1.5))
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        for _ in range(4):
+            x = F.gelu(torch.tanh(self.layer(x) + self.scale) + state)
+        self.scale.mul_(2)
+        state.add_(1)
+        return x
+
+
+def test_what_the_step_overwrites_is_not_read_again() -> None:
+    torch.manual_seed(0)
+    model, x = Counting(), torch.randn(ROWS, WIDTH)
+    reference = copy.deepcopy(model)
+    run, options = compiled(model, memory_budget="85%")
+    one, two = torch.ones(WIDTH), torch.ones(WIDTH)
+    expected, found = step(reference, reference, x, one), step(run, model, x, two)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert torch.equal(one, two)
+    (done,) = plans(options)
+    assert done.plan.repeats()
+    # Sums and the product read what is overwritten; the rest may be repeated.
+    kinds = {c.name.split("_")[0]: c.again is not None for c in done.problem.forward}
+    assert kinds == {"addmm": True, "add": False, "tanh": True, "gelu": True, "mul": False}
+
+
 def test_inference_needs_no_plan() -> None:
     model, x = Net().eval(), torch.randn(ROWS, WIDTH)
     run, options = compiled(model, memory_budget="50%")
@@ -198,6 +231,48 @@ def test_each_graph_of_a_broken_model_has_its_plan() -> None:
     # What the first graph keeps lies there while the second one runs.
     first, second = plans(options)
     assert second.kinds["other"] == first.plan.figures.saved_bytes
+    assert [done.plan.notes[-1] for done in plans(options)] == [
+        f"graph {n} of 2: 70% of its own activations" for n in (1, 2)
+    ]
+
+
+def test_graphs_share_a_budget_of_bytes_evenly() -> None:
+    torch.manual_seed(0)
+    model, x = Broken(), torch.randn(ROWS, WIDTH)
+    run, options = compiled(model, memory_budget="4MB", graphs=2)
+    run(x).sum().backward()
+    first, second = plans(options)
+    room = 4_000_000 - first.problem.constant
+    assert first.plan.budget == first.problem.constant + room // 2
+    # The second graph has what the first one's values leave.
+    assert second.plan.budget == 4_000_000
+    assert first.to_data()["notes"][-1] == "graph 1 of 2: 1/2 of what the budget leaves"
+
+
+def test_autocast_is_traced_and_repeated() -> None:
+    torch.manual_seed(0)
+    model, x = Attention(), torch.randn(ROWS, WIDTH)
+    reference = copy.deepcopy(model)
+    run, options = compiled(model, memory_budget="80%")
+    # A weight that is used twice is cast twice by torch.compile, once by an eager step's cache.
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        expected, found = step(reference, reference, x), step(run, model, x)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    (done,) = plans(options)
+    assert done.plan.repeats()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor compiles with g++")
+def test_inductor_runs_a_plan() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(part for _ in range(6) for part in (nn.Linear(16, 16), nn.Tanh())))
+    x = torch.randn(64, 16)
+    reference = copy.deepcopy(model)
+    run, options = compiled(model, memory_budget="85%", codegen="inductor")
+    for one, two in zip(step(reference, reference, x), step(run, model, x), strict=True):
+        torch.testing.assert_close(two, one)
+    (done,) = plans(options)
+    assert done.plan.repeats()
 
 
 def test_a_budget_that_is_too_small_says_so_through_torch_compile() -> None:
