@@ -253,13 +253,25 @@ def _kept(report: Mapping[str, Any]) -> list[str]:
     if not kept:
         return []
     reasons = {skip["site"]: skip["reason"] for step in report["steps"] for skip in step["skipped"]}
-    told = [reasons.get(path, "no pass of the recipe is for them") for path in kept]
-    lines = [f"Kept as they were: {len(kept)} of {plural(len(layers), 'layer')}"]
-    folded = fold_reasons(told)
+    declined = _declined(report)
+    other = "" if declined else "no pass of the recipe is for them"
+    told = [reasons[path] if path and path in reasons else other for path in kept]
+    lines = [*declined, f"Kept as they were: {len(kept)} of {plural(len(layers), 'layer')}"]
+    folded = fold_reasons([reason for reason in told if reason])
     lines += [f"  {number} x {reason}" for reason, number in folded[:_REASONS_SHOWN]]
     if len(folded) > _REASONS_SHOWN:
         lines.append(f"  and {len(folded) - _REASONS_SHOWN} more reasons, in report.json")
     return lines
+
+
+def _declined(report: Mapping[str, Any]) -> list[str]:
+    """Why passes that lose quality left the whole model as it was."""
+    return [
+        f"{step['name']} changed nothing: {skip['reason']}"
+        for step in report["steps"]
+        for skip in step["skipped"]
+        if step["numerics"] == "lossy" and not step.get("changed") and not skip["site"]
+    ]
 
 
 def _skips(report: Mapping[str, Any]) -> list[str]:

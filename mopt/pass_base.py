@@ -6,6 +6,7 @@ The pipeline gives ``run`` a copy of the program and checks what the pass claims
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -198,6 +199,8 @@ def check_option(owner: str, spec: dataclasses.Field[Any], value: Any) -> None:
         wanted = "one of " + ", ".join(repr(choice) for choice in limits["choices"])
     elif isinstance(value, bool) or not isinstance(value, int | float):
         return
+    elif not math.isfinite(value):
+        wanted = "a finite number"
     elif limits.get("min") is not None and value < limits["min"]:
         wanted = f"at least {limits['min']}"
     elif limits.get("max") is not None and value > limits["max"]:
@@ -228,7 +231,7 @@ def coerce_option(owner: str, cls: type[Pass], name: str, value: Any) -> Any:
                 continue
             try:
                 return kind(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 continue
         elif kind is str and isinstance(value, str):
             return value

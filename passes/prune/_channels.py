@@ -82,6 +82,8 @@ class ChannelPass(Pass):
             ladders.append(ladder)
             if len(ladder.counts) == 1:
                 skipped.append(Skip(group.path, _too_narrow(group, multiple)))
+        if self.ratio == 0:
+            skipped.append(Skip("", "a ratio of 0 removes nothing"))
         removed = self._select(found, ladders, scores)
         removed = self._only_faster(found, ladders, removed, model, skipped)
         if not removed.any():
@@ -136,18 +138,19 @@ class ChannelPass(Pass):
         if removed is None or self.ratio == 1:
             reached = saved(_longest(nothing, ladders))
             finer = [Ladder.of(one.group, scores, 1, self.most) for one in ladders]
-            if self.ratio < 1 and saved(_longest(nothing, finer)) >= self.ratio:
+            any_width = saved(_longest(nothing, finer))
+            if self.ratio < 1 and any_width >= self.ratio:
                 raise UsageError(
                     f"{self.pass_name}: widths in the multiples that the device computes at once "
                     f"allow at most {reached:.3g} of the {self.aim} to go, not {self.ratio:g}",
                     code="widths-too-coarse",
-                    hint="lower ratio, or set multiple to a smaller number, 1 for any width",
+                    hint=f"lower ratio, or set multiple=1: any width, {any_width:.3g} at most",
                 )
             raise UsageError(
                 f"{self.pass_name}: ratio {self.ratio:g} would empty layers: at most "
                 f"{reached:.3g} of the {self.aim} can go",
                 code="empties-layer",
-                hint="lower ratio, raise most, or set multiple=1",
+                hint=f"lower ratio, raise most, or set multiple=1 ({any_width:.3g} at most)",
             )
         return removed
 

@@ -114,6 +114,17 @@ def test_kept_layers_are_only_told_when_something_compressed() -> None:
     assert remarks(report(layers=layers, steps=[exact])) == []
 
 
+def test_why_a_pass_left_the_whole_model_alone_is_told() -> None:
+    layers = [{"path": name, "bytes_before": 8, "bytes_after": 8} for name in "ab"]
+    skipped = [{"site": "", "reason": "no blocks"}, {"site": "a", "reason": "too small"}]
+    step = {"name": "p", "numerics": "lossy", "changed": False, "skipped": skipped}
+    said = remarks(report(layers=layers, steps=[step]))
+    kept = ["Kept as they were: 2 of 2 layers", "  1 x too small", ""]
+    assert said == ["p changed nothing: no blocks", *kept]
+    said = remarks(report(layers=layers, steps=[{**step, "changed": True}]))
+    assert said == [*kept[:2], "  1 x no pass of the recipe is for them", ""]
+
+
 def test_layers_with_zeros_are_told_as_such_and_not_as_kept() -> None:
     layers = [{"path": name, "bytes_before": 8, "bytes_after": 8} for name in "ab"]
     sparse = {"name": "p", "numerics": "lossy", "skipped": [], "stats": {"zeros_of": {"a": 0.5}}}

@@ -403,6 +403,8 @@ def test_numbers_that_were_infinite_before_may_stay_so() -> None:
     [
         ({"max_bytes": -1}, "option max_bytes is -1, expected at least 0"),
         ({"max_bytes": "many"}, "option max_bytes is 'many', expected int"),
+        ({"max_bytes": float("inf")}, "option max_bytes is inf, expected int"),
+        ({"max_bytes": float("nan")}, "option max_bytes is nan, expected int"),
     ],
 )
 def test_options_are_checked(options: dict[str, Any], message: str) -> None:

@@ -142,9 +142,16 @@ def test_a_ratio_that_empties_a_layer_and_one_outside_zero_to_one() -> None:
     with pytest.raises(UsageError, match=r"allow at most 0\.\d+ of the flops to go") as caught:
         prune(program, {"ratio": 0.8, "multiple": 16})
     assert caught.value.code == "widths-too-coarse"
-    for wrong in (-0.1, 1.5):
-        with pytest.raises(UsageError, match="option ratio"):
+    assert "multiple=1: any width, 0.875" in str(caught.value)
+    for wrong, wanted in ((-0.1, "least 0"), (1.5, "most 1"), (float("nan"), "a finite number"),
+                          ("abc", "float")):  # fmt: skip
+        with pytest.raises(UsageError, match=f"option ratio is .*, expected .*{wanted}"):
             make_pass("prune-channels", {"ratio": wrong})
+    nothing = prune(program, {"ratio": 0}).steps[-1]
+    assert not nothing.changed
+    assert [skip.reason for skip in nothing.skipped if not skip.site] == [
+        "a ratio of 0 removes nothing"
+    ]
     with pytest.raises(PassError, match="needs calibration data"):
         prune(program, {"importance": "activation"})
 
