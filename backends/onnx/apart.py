@@ -21,6 +21,7 @@ import numpy as np
 import mopt.errors
 from mopt.bench_loop import die_with_parent
 from mopt.errors import ArtifactError, MoptError, UsageError
+from mopt.npz_files import read_npz, write_npz
 
 _GIVEN, _FOUND = "given.npz", "found.npz"
 _GRACE_SECONDS = 10.0
@@ -52,7 +53,7 @@ class ApartRunner:
         if self._process is None:
             raise UsageError("the model was closed", code="runner-closed", hint="load it again")
         folder = Path(self._scratch.name)
-        np.savez(folder / _GIVEN, *inputs)
+        _keep(folder / _GIVEN, inputs)
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             print("run", file=self._process.stdin, flush=True)
@@ -86,9 +87,12 @@ class ApartRunner:
             raise getattr(mopt.errors, answer.pop("kind"))(answer.pop("message"), **answer)
 
 
+def _keep(path: Path, arrays: Sequence[np.ndarray]) -> None:
+    write_npz(path, {str(index): array for index, array in enumerate(arrays)})
+
+
 def _arrays(path: Path) -> list[np.ndarray]:
-    with np.load(path, allow_pickle=False) as file:
-        return [file[name] for name in file.files]
+    return list(read_npz(path).values())
 
 
 def main() -> int:
@@ -109,7 +113,7 @@ def main() -> int:
     _say(None)
     for _ in sys.stdin:
         try:
-            np.savez(given.scratch / _FOUND, *runner.run(_arrays(given.scratch / _GIVEN)))
+            _keep(given.scratch / _FOUND, runner.run(_arrays(given.scratch / _GIVEN)))
         except MoptError as error:
             _say(error)
         else:

@@ -6,51 +6,23 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from mopt.errors import InputError
 from mopt.formats import Encoded, Grid, GridFormat
 from mopt.formats.int_blocks import IntBlocks
 from mopt.layers import Layer
 from mopt.pass_base import NEEDS_DATA, Pass, PassContext, PassResult, Skip, option
-from mopt.passes.quantize._blocks import Block, find_blocks, input_moments, run_block
+from mopt.passes.quantize._blocks import find_blocks
 from mopt.passes.quantize._calibrated import choose_formats, grid_for
 from mopt.passes.quantize._gptq import Inputs, round_with_feedback
+from mopt.passes.quantize._trainers import Make, Schedule, Trainable, trainer_of
 from mopt.passes.quantize._weights import is_small, kernel_notice, relative_error
 from mopt.program import Program
 from mopt.streaming import Stream
-
-
-class Trainable(Protocol):
-    """The weight of one layer while it is trained."""
-
-    def parameters(self) -> list[dict[str, Any]]:
-        """Parameter groups for the optimizer, with their learning rates."""
-
-    def weight(self) -> Tensor:
-        """The weight as it is computed with now; gradients are recorded."""
-
-    def penalty(self, progress: float) -> Tensor | None:
-        """What is added to the loss at a share of the training, or None."""
-
-    def final(self) -> tuple[Tensor, Grid]:
-        """The trained weight, whose nearest codes on the grid are meant, and the grid."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long blocks are trained: ``steps`` batches, the rates falling to a twentieth."""
-
-    steps: int
-    penalty_weight: float = 0.0
-
-
-Make = Callable[[Layer, Tensor, IntBlocks, Tensor], Trainable]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +111,6 @@ def train_blocks(
         return PassResult(changed=False, stats={"layers": 0}, skipped=skipped)
     stream = Stream(program, ctx.calibration.for_part(program), ctx)
     original = Stream(program, ctx.calibration.for_part(program), ctx)
-    after = {node: node.next for node in program.graph.nodes}
     encoded: dict[Layer, Encoded] = {}
     stats: dict[str, Any] = {"layers": 0, "formats": {}, "weight_error": {}, "error_kept": {}}
     blocks = find_blocks(program, layers, whole=whole)
@@ -149,8 +120,7 @@ def train_blocks(
             skipped.append(Skip(block.path, "nothing that the model returns depends on it"))
             continue
         stream.advance(block.nodes[0])
-        original.advance(after[block.nodes[-1]])
-        trainer = _Trainer(program, block, stream, original, ctx)
+        trainer = trainer_of(program, block, stream, original, ctx)
         kept, found = trainer.train(form, schedule, make)
         for layer, (weight, grid) in found.items():
             encoded[layer] = form.encode(weight, grid=grid)
@@ -182,98 +152,3 @@ def first_codes(
         return form.decode(form.encode(weight, grid=grid)), grid
     found = round_with_feedback(weight, Inputs.of(moment), form, grid)
     return found.weight, found.grid
-
-
-class _Trainer:
-    """One block with what it reads and should give, batch by batch."""
-
-    def __init__(
-        self, program: Program, block: Block, stream: Stream, original: Stream, ctx: PassContext
-    ) -> None:
-        self._program, self._block, self._ctx = program, block, ctx
-        read = {node: stream.values(node) for node in block.inputs}
-        self._inputs = [
-            {node: values[at] for node, values in read.items()} for at in range(stream.batches)
-        ]
-        wanted = [original.values(node) for node in block.outputs]
-        self._targets = [[values[at] for values in wanted] for at in range(stream.batches)]
-
-    def train(
-        self, form: IntBlocks, schedule: Schedule, make: Make
-    ) -> tuple[float, dict[Layer, tuple[Tensor, Grid]]]:
-        """The share of the starting error that is left, and each layer's weight and grid."""
-        program, ctx = self._program, self._ctx
-        weights = {layer: program.weight(layer.weight) for layer in self._block.layers}
-        moments = input_moments(program, self._block, self._inputs, _by_call(weights))
-        for layer, moment in moments.items():
-            if not bool(moment.isfinite().all()):
-                raise InputError(
-                    f"the squares of what {layer.path!r} reads overflow on calibration data: they "
-                    "hold NaN or infinity",
-                    code="non-finite-activation",
-                    site=layer.source or None,
-                    hint="run the model on this data and look for the layer that overflows",
-                )
-        parts = {
-            layer: make(layer, weight, form, moments[layer]) for layer, weight in weights.items()
-        }
-        start = {layer: part.final() for layer, part in parts.items()}
-        first = self._error(_decoded(form, start))
-        if not first > 0:
-            return 1.0, start
-        groups = [group for part in parts.values() for group in part.parameters()]
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-        rates = [group["lr"] for group in optimizer.param_groups]
-        random = torch.Generator().manual_seed(ctx.seed)
-        order: list[int] = []
-        for step in range(schedule.steps):
-            ctx.check_time(f"training {self._block.path}")
-            progress = step / schedule.steps
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * _decay(progress)
-            order = order or torch.randperm(len(self._inputs), generator=random).tolist()
-            with torch.enable_grad():
-                now = {layer: part.weight() for layer, part in parts.items()}
-                loss = self._loss(order.pop(), _by_call(now)) / first
-                for part in parts.values():
-                    penalty = part.penalty(progress)
-                    if penalty is not None:
-                        loss = loss + schedule.penalty_weight / len(parts) * penalty
-                optimizer.zero_grad()
-                loss.backward()
-            optimizer.step()
-        end = {layer: part.final() for layer, part in parts.items()}
-        left = self._error(_decoded(form, end)) / first
-        return (left, end) if left < 1 else (1.0, start)
-
-    def _loss(self, at: int, weights: dict[fx.Node, Tensor]) -> Tensor:
-        """Squared error of a batch's outputs, each as a share of that output's power."""
-        found = run_block(self._program, self._block, self._inputs[at], weights)
-        total = torch.zeros(())
-        for value, target in zip(found, self._targets[at], strict=True):
-            power = target.float().square().mean().clamp(min=1e-30)
-            total = total + (value.float() - target.float()).square().mean() / power
-        return total
-
-    @torch.no_grad()
-    def _error(self, weights: dict[Layer, Tensor]) -> float:
-        calls = _by_call(weights)
-        losses = [float(self._loss(at, calls)) for at in range(len(self._inputs))]
-        return sum(losses) / len(losses)
-
-
-def _decay(progress: float) -> float:
-    """A cosine from 1 to 1/20."""
-    wave = float(torch.cos(torch.tensor(progress * torch.pi)))
-    return 0.05 + 0.95 * 0.5 * (1 + wave)
-
-
-def _decoded(form: GridFormat, found: dict[Layer, tuple[Tensor, Grid]]) -> dict[Layer, Tensor]:
-    return {
-        layer: form.decode(form.encode(weight, grid=grid))
-        for layer, (weight, grid) in found.items()
-    }
-
-
-def _by_call(weights: dict[Layer, Tensor]) -> dict[fx.Node, Tensor]:
-    return {call: weight for layer, weight in weights.items() for call in layer.calls}

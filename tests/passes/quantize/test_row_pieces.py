@@ -7,13 +7,16 @@ import weakref
 
 import pytest
 import torch
+from torch import nn
 
 from mopt.calibration import Calibration
 from mopt.formats import base
 from mopt.formats.base import Encoded, find_format, row_pieces
+from mopt.frontend import capture
 from mopt.layers import find_layers
 from mopt.pass_base import PassContext
-from mopt.passes.quantize import _calibrated
+from mopt.passes.quantize import _calibrated, _trainers
+from mopt.program import Program
 from mopt.streaming import Stream
 from tests import tiny
 from tests.passes.quantize.calibrated import correlated, one_linear, run_with
@@ -44,6 +47,39 @@ def test_pieces_of_rows_give_what_the_whole_does(
         assert torch.equal(tensor, parts[0][path]), path
     for key in {"weight_error", "output_error", "error_left"}.intersection(whole[1]):
         assert parts[1][key] == pytest.approx(whole[1][key], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["quantize-adaround", "quantize-qat"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_large_product_is_trained_as_its_rows_alone_would_be(
+    name: str, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the rows should give is not kept for all of them, and they share no step."""
+    monkeypatch.setattr(_trainers, "_TOGETHER", 8 * 64)
+    batches = [correlated(40, 64, seed) for seed in range(3)]
+    weight, added = normal(20, 64, seed=5) / 8, normal(20, seed=6) if bias else None
+
+    def trained(rows: slice) -> Program:
+        layer = nn.Linear(64, len(weight[rows]), bias=bias).eval()
+        with torch.no_grad():
+            layer.weight.copy_(weight[rows])
+            if added is not None:
+                layer.bias.copy_(added[rows])
+        options = {"bits": 2, "group": 32, "min_size": 0, "steps": 60,
+                       "start": "nearest", "rate": 0.1, "ranges": "mse"}  # fmt: skip
+        return run_with(capture(layer, (batches[0],)), batches, (name, options))
+
+    whole = trained(slice(0, 20))
+    stats = whole.steps[-1].stats
+    assert stats["error_kept"].keys() == stats["formats"].keys()
+    kept = []
+    for rows in (slice(0, 8), slice(8, 16), slice(16, 20)):
+        alone = trained(rows)
+        found = whole.run(batches[0])[:, rows]
+        torch.testing.assert_close(found, alone.run(batches[0]), rtol=1e-5, atol=1e-5)
+        kept += [*alone.steps[-1].stats["error_kept"].values()] * len(weight[rows])
+    assert sum(kept) / 20 == pytest.approx(next(iter(stats["error_kept"].values())), rel=1e-4)
+    assert sum(kept) / 20 < 1
 
 
 @pytest.mark.parametrize("name", ["int4-g32-asym", "int2-g16", "int8-channel", "int8-dynamic"])
