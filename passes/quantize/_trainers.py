@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from mopt.errors import InputError
-from mopt.formats import Grid, GridFormat
+from mopt.formats import Encoded, Grid, GridFormat
 from mopt.formats.base import row_pieces
 from mopt.formats.int_blocks import IntBlocks
 from mopt.layers import Layer
@@ -91,12 +91,15 @@ class BlockTrainer:
 
     def train(
         self, form: IntBlocks, schedule: Schedule, make: Make
-    ) -> tuple[float, dict[Layer, tuple[Tensor, Grid]]]:
-        """The share of the starting error that is left, and each layer's weight and grid."""
+    ) -> tuple[float, dict[Layer, Encoded]]:
+        """The share of the starting error that is left, and each layer's encoding."""
         weights = {layer: self._program.weight(layer.weight) for layer in self._block.layers}
         moments = input_moments(self._program, self._block, self._inputs, _by_call(weights))
         self._require_finite(moments)
-        return self._fit(weights, moments, form, schedule, make)
+        left, found = self._fit(weights, moments, form, schedule, make)
+        return left, {
+            layer: form.encode(weight, grid=grid) for layer, (weight, grid) in found.items()
+        }
 
     def _require_finite(self, moments: dict[Layer, Tensor]) -> None:
         for layer, moment in moments.items():
@@ -176,7 +179,7 @@ class ProductTrainer(BlockTrainer):
 
     def train(
         self, form: IntBlocks, schedule: Schedule, make: Make
-    ) -> tuple[float, dict[Layer, tuple[Tensor, Grid]]]:
+    ) -> tuple[float, dict[Layer, Encoded]]:
         (layer,) = self._block.layers
         weight = self._program.weight(layer.weight)
         rows = 0
@@ -187,18 +190,18 @@ class ProductTrainer(BlockTrainer):
             rows += len(flat)
         moments = {layer: moment / max(rows, 1)}
         self._require_finite(moments)
-        kept, trained = 0.0, torch.empty_like(weight)
-        scales, zeros = list[Tensor](), list[Tensor]()
-        for self._rows in row_pieces(weight, _TOGETHER):
-            piece = {layer: weight[self._rows]}
-            left, found = self._fit(piece, moments, form, schedule, make)
-            kept += left * len(piece[layer]) / len(weight)
-            trained[self._rows], grid = found[layer]
-            scales.append(grid.scales)
-            if grid.zero_points is not None:
-                zeros.append(grid.zero_points)
-        grid = Grid(torch.cat(scales), torch.cat(zeros) if zeros else None)
-        return kept, {layer: (trained, grid)}
+        kept = list[float]()
+
+        def pieces() -> Iterator[Encoded]:
+            for self._rows in row_pieces(weight, _TOGETHER):
+                piece = {layer: weight[self._rows]}
+                left, found = self._fit(piece, moments, form, schedule, make)
+                kept.extend([left] * len(piece[layer]))
+                trained, grid = found[layer]
+                yield form.encode(trained, grid=grid)
+
+        encoded = Encoded.join(pieces(), len(weight))
+        return sum(kept) / len(kept), {layer: encoded}
 
     def _loss(self, at: int, weights: dict[fx.Node, Tensor]) -> Tensor:
         ((call, weight),) = weights.items()

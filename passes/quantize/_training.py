@@ -20,7 +20,7 @@ from mopt.passes.quantize._blocks import find_blocks
 from mopt.passes.quantize._calibrated import choose_formats, grid_for
 from mopt.passes.quantize._gptq import Inputs, round_with_feedback
 from mopt.passes.quantize._trainers import Make, Schedule, Trainable, trainer_of
-from mopt.passes.quantize._weights import is_small, kernel_notice, relative_error
+from mopt.passes.quantize._weights import encoding_error, is_small, kernel_notice
 from mopt.program import Program
 from mopt.streaming import Stream
 
@@ -122,14 +122,14 @@ def train_blocks(
         stream.advance(block.nodes[0])
         trainer = trainer_of(program, block, stream, original, ctx)
         kept, found = trainer.train(form, schedule, make)
-        for layer, (weight, grid) in found.items():
-            encoded[layer] = form.encode(weight, grid=grid)
-            decoded = form.decode(encoded[layer])
-            stream.replace_weight(layer.calls, layer.weight, decoded)
+        for layer, one_encoded in found.items():
+            encoded[layer] = one_encoded
+            if block is not blocks[-1]:
+                decoded = form.decode(one_encoded)
+                stream.replace_weight(layer.calls, layer.weight, decoded)
             stats["formats"][layer.path] = form.name
-            stats["weight_error"][layer.path] = relative_error(
-                program.weight(layer.weight), decoded
-            )
+            weight = program.weight(layer.weight)
+            stats["weight_error"][layer.path] = encoding_error(form, weight, one_encoded)
         stats["error_kept"][block.path] = kept
     for layer, one_encoded in encoded.items():
         form.place(program, layer, one_encoded)
