@@ -49,7 +49,6 @@ PASSES: dict[str, tuple[str, Options]] = {
     'GPTQ, aim = "layer"': ("quantize-gptq", {"group": 128, "aim": "layer"}),
     "HQQ": ("quantize-hqq", {}),
     "AdaRound": ("quantize-adaround", {"group": 128, "steps": 2}),
-    "QAT": ("quantize-qat", {"steps": 2}),
     "QAT by blocks": ("quantize-qat", {"steps": 2}),
     "SmoothQuant": ("smooth-activations", {}),
     "rotation": ("rotate-activations", {}),
