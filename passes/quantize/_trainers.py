@@ -96,10 +96,7 @@ class BlockTrainer:
         weights = {layer: self._program.weight(layer.weight) for layer in self._block.layers}
         moments = input_moments(self._program, self._block, self._inputs, _by_call(weights))
         self._require_finite(moments)
-        left, found = self._fit(weights, moments, form, schedule, make)
-        return left, {
-            layer: form.encode(weight, grid=grid) for layer, (weight, grid) in found.items()
-        }
+        return self._fit(weights, moments, form, schedule, make)
 
     def _require_finite(self, moments: dict[Layer, Tensor]) -> None:
         for layer, moment in moments.items():
@@ -119,11 +116,11 @@ class BlockTrainer:
         form: IntBlocks,
         schedule: Schedule,
         make: Make,
-    ) -> tuple[float, dict[Layer, tuple[Tensor, Grid]]]:
+    ) -> tuple[float, dict[Layer, Encoded]]:
         parts = {
             layer: make(layer, weight, form, moments[layer]) for layer, weight in weights.items()
         }
-        start = {layer: part.final() for layer, part in parts.items()}
+        start = _encoded(form, parts)
         first = self._error(_decoded(form, start))
         if not first > 0:
             return 1.0, start
@@ -148,7 +145,11 @@ class BlockTrainer:
                 optimizer.zero_grad()
                 loss.backward()
             optimizer.step()
-        end = {layer: part.final() for layer, part in parts.items()}
+        # Gradients and means of the size of the weights are of no use any more.
+        del loss, now
+        optimizer.zero_grad()
+        optimizer.state.clear()
+        end = _encoded(form, parts)
         left = self._error(_decoded(form, end)) / first
         return (left, end) if left < 1 else (1.0, start)
 
@@ -197,8 +198,7 @@ class ProductTrainer(BlockTrainer):
                 piece = {layer: weight[self._rows]}
                 left, found = self._fit(piece, moments, form, schedule, make)
                 kept.extend([left] * len(piece[layer]))
-                trained, grid = found[layer]
-                yield form.encode(trained, grid=grid)
+                yield found[layer]
 
         encoded = Encoded.join(pieces(), len(weight))
         return sum(kept) / len(kept), {layer: encoded}
@@ -226,11 +226,16 @@ def _decay(progress: float) -> float:
     return 0.05 + 0.95 * 0.5 * (1 + wave)
 
 
-def _decoded(form: GridFormat, found: dict[Layer, tuple[Tensor, Grid]]) -> dict[Layer, Tensor]:
-    return {
-        layer: form.decode(form.encode(weight, grid=grid))
-        for layer, (weight, grid) in found.items()
-    }
+def _encoded(form: GridFormat, parts: dict[Layer, Trainable]) -> dict[Layer, Encoded]:
+    encoded = {}
+    for layer, part in parts.items():
+        weight, grid = part.final()
+        encoded[layer] = form.encode(weight, grid=grid)
+    return encoded
+
+
+def _decoded(form: GridFormat, found: dict[Layer, Encoded]) -> dict[Layer, Tensor]:
+    return {layer: form.decode(encoded) for layer, encoded in found.items()}
 
 
 def _by_call(weights: dict[Layer, Tensor]) -> dict[fx.Node, Tensor]:
