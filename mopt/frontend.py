@@ -57,7 +57,7 @@ def capture(
     buffers = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
     model.eval()
     try:
-        _check_runs(model, args, kwargs)
+        check_runs(model, args, kwargs)
         program = _capture_whole_or_parts(model, args, kwargs, dynamic_shapes)
     finally:
         for module, training in modes:
@@ -195,7 +195,12 @@ def _reject_bad_dynamic_shapes(error: Exception) -> None:
         ) from error
 
 
-def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Run the model once on its example inputs, without gradients.
+
+    Raises InputError that names what is wrong: ``non-finite-input``, ``non-finite-weight``, or
+    ``model-does-not-run`` with the shapes and the model's own error.
+    """
     for tensor in pytree.tree_leaves((args, kwargs)):
         is_number = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
         if is_number and not bool(torch.isfinite(tensor).all()):
