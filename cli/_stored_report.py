@@ -19,7 +19,8 @@ def read_stored_report(folder: str | Path, *, or_training: bool = False) -> dict
 
     With ``or_training`` it may also be the report of a training plan, which has no layers.
 
-    Raises ArtifactError ``malformed-report`` naming the first key that is not as it should be.
+    Raises ArtifactError ``malformed-report`` naming the first key that is not as it should be, and
+    ``training-report`` for the plan of a training step where that is of no use.
     """
     from mopt.lowering import REPORT, read_report
     from mopt.safe_read import Folder
@@ -36,7 +37,13 @@ def read_stored_report(folder: str | Path, *, or_training: bool = False) -> dict
             hint="install the mopt that made it, or compile again",
         )
     # mopt train-plan writes the plan of a step alone.
-    alone = or_training and "training" in data and "layers" not in data
+    alone = "training" in data and "layers" not in data
+    if alone and not or_training:
+        raise ArtifactError(
+            "report.json holds the plan of a training step, without a compiled model",
+            code="training-report",
+            hint="mopt report shows it as a page, or as JSON with --format json",
+        )
     wanted = {"training": _is_table} if alone else _REPORT
     wrong = _first_wrong(data, wanted, "")
     if wrong:
