@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from mopt.call_cost import Measured
 from mopt.errors import BudgetNotMet, CaptureError, InputError, MoptError, first_line
-from mopt.frontend import normalize_inputs
+from mopt.frontend import check_runs, normalize_inputs
 from mopt.training import GraphPlan, TrainingOptions, TrainingSession
 
 LOSSES = ("auto", "cross-entropy", "mean-square")
@@ -34,13 +36,23 @@ class WithLoss(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The loss of the model's first floating-point output, with made-up targets."""
-        leaves = pytree.tree_leaves(self.model(*args, **kwargs))
-        value = next(v for v in leaves if isinstance(v, Tensor) and v.is_floating_point())
+        value = _first_floating(self.model(*args, **kwargs))
         if self.loss == "mean-square" or (self.loss == "auto" and value.dim() not in (2, 3)):
             return value.float().square().mean()
         # Targets without a use of the logits: a loss in pieces must be their only reader.
         target = torch.zeros(value.shape[:-1].numel(), dtype=torch.long, device=value.device)
         return F.cross_entropy(value.flatten(0, -2), target)
+
+
+def _first_floating(output: Any) -> Tensor:
+    for value in pytree.tree_leaves(output):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    raise InputError(
+        "no output of the model is a floating-point tensor, which a loss could be put on",
+        code="no-loss",
+        hint="plan a module that returns its loss or its scores",
+    )
 
 
 # What makes a step smaller without approximating anything, in the order it is tried.
@@ -70,7 +82,11 @@ def plan_with_savings(
             return found, names
         except BudgetNotMet as error:
             failed.append(error)
-    raise failed[-1]
+    # All savings together need least.
+    least = failed[-1]
+    if len(failed) > 1:
+        least.hint = f"{least.hint}. The loss in pieces and updates at once are in use here"
+    raise least
 
 
 def plan_training(
@@ -88,7 +104,8 @@ def plan_training(
     prices of calls that are known already. The model is
     planned in training mode and left as it was. Raises BudgetNotMet (``memory-budget-too-small``),
     CaptureError (``training-capture``) for a model that cannot be traced in one piece, and
-    InputError (``nothing-to-train``).
+    InputError (``nothing-to-train``, ``no-loss``, or what ``check_runs`` raises for a model that
+    does not run).
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError("no parameter of the model requires a gradient", code="nothing-to-train")
@@ -110,9 +127,9 @@ def plan_training(
             session.prepare(module, inputs)
             return trace(module, inputs)  # type: ignore[no-any-return]
 
-        torch.compile(WithLoss(model, loss), backend=backend, fullgraph=True, dynamic=False)(
-            *args, **kwargs
-        )
+        step = torch.compile(WithLoss(model, loss), backend=backend, fullgraph=True, dynamic=False)
+        with _without_log():
+            step(*args, **kwargs)
     except BackendCompilerFailed as error:
         inner = error.inner_exception
         if isinstance(inner, MoptError):
@@ -120,11 +137,27 @@ def plan_training(
         if not isinstance(inner, _Planned):
             raise _not_traced(inner) from error
     except torch._dynamo.exc.TorchDynamoException as error:
+        # The model's own mistakes are told by the model itself.
+        model.eval()
+        check_runs(model, args, kwargs)
+        with torch.no_grad():
+            _first_floating(model(*args, **kwargs))
         raise _not_traced(error) from error
     finally:
         for module, training in modes.items():
             module.training = training
     return session.plans[0]
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """PyTorch logs a model's mistake with all its frames before raising it."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _not_reached(module: fx.GraphModule, _inputs: Any) -> Any:

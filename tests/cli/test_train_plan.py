@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.cli.command_line import Call
 
 NET = """
@@ -88,6 +90,10 @@ def test_what_a_budget_needs_is_found_and_a_report_written(mopt: Call, place: Pa
     assert max(row["bytes"] for row in training["timeline"]) == training["peak"] <= 1_700_000
     assert {row["kind"] for row in training["timeline"]} >= {"forward", "backward"}
     assert max(training["plain_timeline"]) == training["plain_peak"]
+    assert mopt("report", "out").code == 0
+    assert "Training step" in (place / "out" / "report.html").read_text()
+    other = mopt("report", "out", "--format", "md")
+    assert other.code == 2 and "error[training-report]" in other.err
 
 
 def test_too_little_memory_exits_1(mopt: Call, place: Path) -> None:
@@ -96,6 +102,24 @@ def test_too_little_memory_exits_1(mopt: Call, place: Path) -> None:
     assert done.code == 1
     assert "error[memory-budget-too-small]" in done.err
     assert "Weights, inputs and incoming gradients alone take" in done.err
+    assert "The loss in pieces and updates at once are in use here" in done.err
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ("randn(256, 32)", "randn(256, 31)", "model-does-not-run]: the model does not run on its"),
+        ("return x", "return x.argmax(1)", "no-loss]: no output of the model is a floating-point"),
+        ("Net(),", "Net().requires_grad_(False),", "nothing-to-train]: no parameter of the model"),
+    ],
+)
+def test_mistakes_of_the_model_are_told_plainly(
+    mopt: Call, place: Path, before: str, after: str, told: str
+) -> None:
+    (place / "net.py").write_text(NET.replace(before, after))
+    done = mopt("train-plan", "net.py:factory", "--memory", "70%", *QUICK)
+    assert done.code == 2
+    assert f"error[{told}" in done.err
 
 
 def test_what_is_no_budget_is_refused_before_the_model_is_made(mopt: Call, place: Path) -> None:
