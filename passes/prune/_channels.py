@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from mopt.passes.prune._select import select_global, select_uniform
 from mopt.passes.prune._speed import LayerTimes
 from mopt.program import Program, module_path
 from mopt.refit import refit
+from mopt.stream_rotation import rotate_streams
 from mopt.unit_scores import (
     Scores,
     collect_moments,
@@ -69,7 +70,30 @@ class ChannelPass(Pass):
         return None
 
     def prune(self, program: Program, ctx: PassContext) -> PassResult:
-        """Remove units from ``program``, as the options say, and fit what reads them."""
+        """Remove units from ``program``, as the options say, and fit what reads them.
+
+        With data, residual streams are turned to their principal axes first, if they then shrink.
+        """
+        if not self.residual or ctx.calibration is None:
+            return self._prune(program, ctx)
+        turned = program.copy()
+        streams, skips = rotate_streams(turned, ctx, self._may_shrink)
+        result = self._prune(turned if streams else program, ctx)
+        if streams and result.changed:
+            widths = result.stats["widths"]
+            if all(f"{path} (stream channels)" in widths for path in streams):
+                program.graph_module = turned.graph_module
+                kept = turned.plan["kept_channels"]
+                # What these write now are no channels of the original.
+                rotated = {name for names in streams.values() for name in names}
+                program.plan["kept_channels"] = {k: v for k, v in kept.items() if k not in rotated}
+                stats = {**result.stats, "rotated_streams": len(streams)}
+                result = replace(result, stats=stats)
+            else:  # later passes compare values of equal width with the original's
+                result = self._prune(program, ctx)
+        return replace(result, skipped=[*result.skipped, *skips])
+
+    def _prune(self, program: Program, ctx: PassContext) -> PassResult:
         found = find_coupling(program, through_norms=self.residual)
         skipped = list(found.skips)
         groups = [group for group in found.groups if self._may_shrink(group)]
