@@ -22,6 +22,8 @@ class PruneChannels(ChannelPass):
     The result equals the original with those channels set to zero where they are read. With
     calibration data the layers that read them are then fitted again, so that their outputs stay as
     near to the original ones as the remaining channels allow (`refit`).
+    With `residual` and data, residual streams behind RMS norms are turned to their principal axes
+    before they shrink (Ashkboos et al. 2024, "SliceGPT").
 
     ## Limits
     What an operator without a rule touches, what the model takes or returns, and widths that a
