@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 # Tensors that are made faster than this are made again: reading them would gain nothing.
 WORTH_SECONDS = 0.2
+# Smaller ones take no memory to speak of, and are given back as they were made.
+_MAPPED_FROM_BYTES = 1 << 20
 _LOCK_SECONDS = 600.0
 _LIBRARIES = ("torch", "numpy", "onnx", "onnxruntime")
 _log = logging.getLogger(__name__)
@@ -113,7 +115,11 @@ class Cache:
         key: Mapping[str, Any],
         make: Callable[[], tuple[Mapping[str, Tensor], Any]],
     ) -> tuple[dict[str, Tensor], Any]:
-        """Tensors by name and remarks (JSON data) as stored, or those of ``make()``, stored."""
+        """Tensors by name and remarks (JSON data) as stored, or those of ``make()``, stored.
+
+        Stored tensors lie over the mapped file, so that they take no memory: writing to one ends
+        the process.
+        """
         stored = self.get(bucket, key)
         if stored is not None:
             tensors = self._read_tensors(bucket, key, stored)
@@ -122,13 +128,14 @@ class Cache:
         started = time.monotonic()
         made, remarks = make()
         if time.monotonic() - started >= self.worth_seconds:
-            self._put_tensors(bucket, key, made, remarks)
+            return self._put_tensors(bucket, key, made, remarks), remarks
         return dict(made), remarks
 
     def _put_tensors(
         self, bucket: str, key: Mapping[str, Any], made: Mapping[str, Tensor], remarks: Any
-    ) -> None:
-        from mopt.safetensors_files import write_safetensors
+    ) -> dict[str, Tensor]:
+        """Store; the tensors, large ones as the file has them now."""
+        from mopt.safetensors_files import map_torch, write_safetensors
 
         path = self._path(bucket, key).with_suffix(".safetensors")
         try:
@@ -136,21 +143,23 @@ class Cache:
             with atomic_file(path) as writer:
                 write_safetensors(writer, made)
             digest = sha256_of(path)
+            mapped = map_torch(path) if path.stat().st_size >= _MAPPED_FROM_BYTES else dict(made)
         except (MoptError, OSError):
-            return
+            return dict(made)
         # The record comes last: without it the tensors are not there.
         self.put(bucket, key, {"tensors": digest, "remarks": remarks})
+        return mapped
 
     def _read_tensors(
         self, bucket: str, key: Mapping[str, Any], stored: Any
     ) -> dict[str, Tensor] | None:
-        from mopt.safetensors_files import read_torch
+        from mopt.safetensors_files import map_torch
 
         path = self._path(bucket, key).with_suffix(".safetensors")
         try:
             with open_file(path) as file:
                 if file.sha256() == stored["tensors"]:
-                    return read_torch(file)
+                    return map_torch(file)
         except (MoptError, OSError, KeyError, TypeError):
             pass  # whatever is wrong with it, it is made again
         self._drop(path)

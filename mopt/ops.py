@@ -22,6 +22,9 @@ from mopt.levels import levels
 
 __all__ = ["pack_bits", "pack_zero_points", "unpack_bits", "unpack_zero_points"]
 
+# Weights that the reference of a product has as floats at a time.
+_DECODED_TOGETHER = 1 << 23
+
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Pack unsigned codes of the last axis, low bits first.
@@ -64,7 +67,7 @@ def dequantize_blocks(
         zero = torch.full((1, 1, 1), 2 ** (bits - 1), dtype=scales.dtype, device=codes.device)
     else:
         zero = unpack_zero_points(zero_points, bits, blocks).to(scales.dtype).unsqueeze(-1)
-    weight = (values - zero) * scales.unsqueeze(-1)
+    weight = values.sub_(zero) * scales.unsqueeze(-1)
     return weight.reshape(rows, blocks * block)[:, :in_features]
 
 
@@ -86,7 +89,6 @@ def linear_nbits(
     ``bias`` (N). ``activations`` says what a kernel may do to ``x``: "float" keeps it, "int8" lets
     it round each row and block of ``x`` to 8 bits, as this reference does. The result is (..., N).
     """
-    weight = dequantize_blocks(codes, scales, zero_points, bits, in_features)
     if activations == "int8":
         block = codes.shape[2] * 8 // bits
         pad = codes.shape[1] * block - in_features
@@ -95,7 +97,15 @@ def linear_nbits(
         safe = torch.where(step > 0, step, torch.ones_like(step))
         rounded = torch.round(grouped / safe).clamp(-127, 127) * step
         x = rounded.flatten(-2)[..., :in_features]
-    return F.linear(x, weight, bias)
+    found = x.new_empty((*x.shape[:-1], codes.shape[0]))
+    # Some rows of the weight at a time: a vocabulary's would not fit into memory as floats.
+    step = max(1, _DECODED_TOGETHER // max(1, in_features))
+    for at in range(0, codes.shape[0], step):
+        rows = slice(at, at + step)
+        zeros = None if zero_points is None else zero_points[rows]
+        weight = dequantize_blocks(codes[rows], scales[rows], zeros, bits, in_features)
+        found[..., rows] = F.linear(x, weight, None if bias is None else bias[rows])
+    return found
 
 
 @linear_nbits.register_fake

@@ -10,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.capi._pybind_state import quantize_matmul_4bits
 from torch import Tensor
 
+from mopt import ops
 from mopt.formats.int_blocks import IntBlocks
 from mopt.ops import dequantize_blocks
 
@@ -95,3 +96,25 @@ def test_the_mse_search_beats_onnxruntimes_quantizer(
     decoded = fmt.decode(fmt.encode(weight))
     ours = float((decoded - weight).square().sum())
     assert ours < 0.95 * onnxruntime_error(weight, group, not asymmetric)
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_reference_decodes_some_rows_at_a_time(
+    asymmetric: bool, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fmt = IntBlocks(4, 32, asymmetric)
+    weight, x = torch.randn(23, 64), torch.randn(2, 3, 64)
+    bias = torch.randn(23) if biased else None
+    tensors = fmt.encode(weight).tensors
+
+    def computed() -> Tensor:
+        return torch.ops.mopt.linear_nbits(
+            x, tensors["codes"], tensors["scales"], tensors.get("zero_points"), bias, 4, 64, "float"
+        )
+
+    whole = computed()
+    monkeypatch.setattr(ops, "_DECODED_TOGETHER", 5 * 64)
+    torch.testing.assert_close(computed(), whole, rtol=1e-6, atol=1e-6)
+    expected = torch.nn.functional.linear(x, fmt.decode(fmt.encode(weight)), bias)
+    torch.testing.assert_close(whole, expected, rtol=1e-5, atol=1e-5)
