@@ -36,25 +36,27 @@ def solve(problem: Problem, *, gap: float = GAP, seconds: float = 60.0) -> Solut
 def settle(
     problem: Problem, solution: Solution, within: float, *, seconds: float = 60.0
 ) -> Solution:
-    """Of the choices that lose as little ``within`` a share, the fastest, or else the smallest.
+    """Of choices that lose as little ``within`` a share, the fastest, and of those the smallest.
 
     Status, bound and prices stay those of the least loss.
     """
     if problem.minimize != "loss" or solution.excess or not problem.groups:
         return solution
-    times = problem.table("latency")
-    second = "latency" if (times[:, 1:] < times[:, :1]).any() else "size"
-    most = min(solution.objective + within, problem.limits.get("loss", math.inf))
-    found = solve(
-        replace(problem, minimize=second, limits={**problem.limits, "loss": most}),
-        seconds=seconds,
-    )
-    if found.excess or found.totals[second] >= solution.totals[second]:
-        return solution
-    return replace(
-        solution, choice=found.choice, totals=found.totals, objective=found.totals["loss"],
-        seconds=solution.seconds + found.seconds,
-    )  # fmt: skip
+    limits = dict(problem.limits)
+    limits["loss"] = min(solution.objective + within, limits.get("loss", math.inf))
+    for second in ("latency", "size"):
+        amounts = problem.table(second)
+        if not (amounts[:, 1:] < amounts[:, :1]).any():
+            continue
+        found = solve(replace(problem, minimize=second, limits=limits), seconds=seconds)
+        if not found.excess and found.totals[second] < solution.totals[second]:
+            solution = replace(
+                solution, choice=found.choice, totals=found.totals,
+                objective=found.totals["loss"], seconds=solution.seconds + found.seconds,
+            )  # fmt: skip
+        most = solution.totals[second] + GAP * abs(solution.totals[second])
+        limits[second] = min(most, limits.get(second, math.inf))
+    return solution
 
 
 def _reordered(problem: Problem, order: Sequence[int]) -> Problem:

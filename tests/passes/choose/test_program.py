@@ -151,7 +151,15 @@ def test_settling_trades_losses_nobody_sees_for_time(seed: int, fine: float) -> 
     )  # fmt: skip
     fastest = brute_force(allowed)
     assert fastest is not None
-    assert found.totals["latency"] <= fastest * (1 + GAP) + 1e-9
+    assert found.totals["latency"] <= fastest * (1 + GAP) ** 2 + 1e-9
+    smallest = brute_force(
+        replace(
+            allowed, minimize="size",
+            limits={**allowed.limits, "latency": found.totals["latency"]},
+        )
+    )  # fmt: skip
+    assert smallest is not None
+    assert found.totals["size"] <= smallest * (1 + GAP) + 1e-9
 
 
 def test_settling_keeps_to_a_limit_on_loss_and_other_objectives() -> None:
