@@ -10,14 +10,14 @@ BAR_AFTER = 1.0
 
 
 class _LateBar(ProgressColumn):
-    """A bar only once there is something to count and the stage has taken a second."""
+    """A bar only while there is something to count, and once the stage has taken a second."""
 
     def __init__(self) -> None:
         self._bar = BarColumn(bar_width=20)
         super().__init__()
 
     def render(self, task: Task) -> object:  # type: ignore[override]
-        if task.total is None or (task.elapsed or 0.0) < BAR_AFTER:
+        if not task.fields["counts"] or (task.elapsed or 0.0) < BAR_AFTER:
             return Text("")
         return self._bar.render(task)
 

@@ -39,6 +39,7 @@ class ConsoleProgress(Progress):
         self._remind = moving and not terminal
         self._lock = threading.Lock()
         self._stage: str | None = None
+        self._detail = ""
         self._started = 0.0
         self._steps: tuple[int, int, str] | None = None
         self._bar: Bar | None = None
@@ -55,8 +56,9 @@ class ConsoleProgress(Progress):
         self._out.doing = name
         with self._lock:
             self._stage, self._started, self._steps = name, time.monotonic(), None
+            self._detail = detail
             if self._live:
-                self._show(detail)
+                self._show()
         if self._live or self._remind:
             self._stop = threading.Event()
             self._clock = threading.Thread(
@@ -65,9 +67,11 @@ class ConsoleProgress(Progress):
             self._clock.start()
 
     def step(self, done: int, total: int, unit: str) -> None:
-        """``done`` of ``total`` items of the stage are finished."""
+        """``done`` of ``total`` items of the stage are finished; all of them: they are no more
+        what it is at.
+        """
         with self._lock:
-            self._steps = (done, total, unit)
+            self._steps = (done, total, unit) if done < total else None
 
     def end(self, detail: str = "") -> None:
         """The stage is finished: its one line is printed."""
@@ -113,12 +117,12 @@ class ConsoleProgress(Progress):
         else:
             self._out.note(text)
 
-    def _show(self, detail: str) -> None:
+    def _show(self) -> None:
         from mopt.cli._bar import make_bar
 
         self._bar = make_bar(self._out.console(self._out.stderr), _STAGE_WIDTH)
         self._task = self._bar.add_task(
-            "", total=None, stage=safe(self._stage or ""), detail=safe(detail)
+            "", total=None, stage=safe(self._stage or ""), detail=safe(self._detail), counts=False
         )
         self._bar.start()
 
@@ -137,12 +141,14 @@ class ConsoleProgress(Progress):
 
     def _redraw(self) -> None:
         assert self._bar is not None and self._task is not None
-        if self._steps is not None:
-            done, total, _ = self._steps
-            self._bar.update(self._task, completed=done, total=total, detail=safe(self._position()))
+        done, total, _ = self._steps or (0, None, "")
+        self._bar.update(
+            self._task, completed=done, total=total, detail=safe(self._position()),
+            counts=total is not None,
+        )  # fmt: skip
 
     def _position(self) -> str:
         if self._steps is None:
-            return self._stage or ""
+            return self._detail or self._stage or ""
         done, total, unit = self._steps
         return f"{done} of {total} {unit}"

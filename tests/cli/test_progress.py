@@ -51,6 +51,18 @@ def test_a_long_stage_says_in_a_log_that_it_still_works(monkeypatch: pytest.Monk
     assert "\x1b" not in err.getvalue()
 
 
+def test_what_is_counted_to_the_end_is_not_shown_as_if_it_went_on() -> None:
+    err = Terminal()
+    with ConsoleProgress(Output(stdout=io.StringIO(), stderr=err)) as progress:
+        progress.stage("Checking", "quality")
+        progress.step(1, 2, "batches")
+        wait_for(lambda: "1 of 2 batches" in err.getvalue())
+        progress.step(2, 2, "batches")
+        drawn = len(err.getvalue())
+        wait_for(lambda: "quality" in err.getvalue()[drawn:])
+        assert "2 of 2" not in err.getvalue()
+
+
 def test_a_terminal_gets_a_moving_line_and_then_the_finished_one() -> None:
     err = Terminal()
     with ConsoleProgress(Output(stdout=io.StringIO(), stderr=err)) as progress:
