@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,6 +86,8 @@ class Pipeline:
         lossy pass was done.
         """
         ctx = context or PassContext()
+        count = len(self.passes)
+        ctx.progress.step(0, count, "passes, running the model before them")
         before = {path: _outputs(part) for path, part in program.parts().items()}
         captured = before
         if reference is not None:
@@ -92,12 +95,13 @@ class Pipeline:
         current, unrounded = program, ctx.unrounded or program
         steps: list[Step] = list(program.steps)
         for index, one in enumerate(self.passes):
-            ctx.progress.step(index, len(self.passes), f"passes, now {one.pass_name}")
+            ctx.progress.step(index, count, f"passes, now {one.pass_name}")
+            checking = partial(ctx.progress.step, index, count, f"passes, checking {one.pass_name}")
             given = replace(ctx, unrounded=unrounded)
             lossless = current is unrounded and one.numerics is not Numerics.LOSSY
             try:
                 ctx.check_time(f"running {one.pass_name}")
-                current, before, step = _run_one(one, current, before, captured, given)
+                current, before, step = _run_one(one, current, before, captured, given, checking)
             except LimitError as error:
                 has_some = any(s.changed and s.numerics == Numerics.LOSSY.value for s in steps)
                 if error.code != TIME_IS_UP or ctx.allowance is None or not has_some:
@@ -119,6 +123,7 @@ def _run_one(
     before: dict[str, list[Any]],
     captured: dict[str, list[Any]],
     ctx: PassContext,
+    checking: Callable[[], None],
 ) -> tuple[Program, dict[str, list[Any]], Step]:
     started = time.perf_counter()
     candidate = program.copy()
@@ -126,7 +131,7 @@ def _run_one(
     after: dict[str, list[Any]] = {}
     old_parts, changed = program.parts(), False
     for path, part in candidate.parts().items():
-        result = _run_part(one, old_parts[path], part, ctx)
+        result = _run_part(one, old_parts[path], part, ctx, checking)
         results.append(result)
         changed = changed or result.changed
         after[path] = _outputs_after(one, part) if result.changed else before[path]
@@ -149,7 +154,9 @@ def _run_one(
     return candidate, after, step
 
 
-def _run_part(one: Pass, old: Program, part: Program, ctx: PassContext) -> PassResult:
+def _run_part(
+    one: Pass, old: Program, part: Program, ctx: PassContext, checking: Callable[[], None]
+) -> PassResult:
     reason = one.requires(part, ctx)
     if reason and one.optional:
         return PassResult(changed=False, skipped=(Skip(part.path or "model", reason),))
@@ -170,6 +177,7 @@ def _run_part(one: Pass, old: Program, part: Program, ctx: PassContext) -> PassR
             code="pass-failed",
             hint="run with -v for the traceback, or leave the pass out",
         ) from error
+    checking()  # may take as long as the pass, whose last word should not stand there meanwhile
     try:
         part.verify()
     except PassError as error:

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from mopt.errors import LimitError, PassError, UsageError
-from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip, option, register_pass
+from mopt.pass_base import (
+    Numerics,
+    Pass,
+    PassContext,
+    PassResult,
+    Progress,
+    Skip,
+    option,
+    register_pass,
+)
 from mopt.pipeline import Pipeline, Step, rounding_bound
 from mopt.program import Program, iter_calls
 from mopt.registry import make_pass
@@ -412,3 +421,22 @@ def test_options_are_checked(options: dict[str, Any], message: str) -> None:
         make_pass("fold-constants", options)
     assert found.value.code == "bad-option"
     assert message in found.value.message
+
+
+def test_progress_tells_a_pass_from_the_checks_after_it() -> None:
+    class Heard(Progress):
+        said: list[str] = []
+
+        def step(self, done: int, total: int, unit: str) -> None:
+            self.said.append(f"{done} of {total} {unit}")
+
+    def run(program: Program, ctx: PassContext) -> PassResult:
+        ctx.progress.step(3, 4, "layers")
+        return PassResult(changed=False)
+
+    heard = Heard()
+    Pipeline([planted(run)]).run(three_layers(), PassContext(progress=heard))
+    assert heard.said == [
+        "0 of 1 passes, running the model before them", "0 of 1 passes, now planted",
+        "3 of 4 layers", "0 of 1 passes, checking planted",
+    ]  # fmt: skip
