@@ -9,6 +9,8 @@ from mopt.passes.checkpoint._tables import SAVED, Point, Tables
 
 _NO_LIMIT = 1 << 62
 _AT_ONCE = 60
+# How often a value's end is moved forward before it is given up.
+_CUTS = 4
 
 
 def descend(tables: Tables, work: int, *, kept: bool = False) -> list[Point]:
@@ -113,6 +115,9 @@ def polish(tables: Tables, start: Point, budget: int, work: int) -> Point:
             since[v] = SAVED
             one, spent = _fit(tables, since, int(v), now, budget)
             work -= spent
+            if one is None or one.cost >= now.cost:
+                one, spent = _keep_until(tables, since, int(v), now, budget)
+                work -= spent
             if one is not None and one.cost < now.cost:
                 now, better = one, True
         for v in gone:
@@ -151,6 +156,30 @@ def _fit(
             if found is not None and found.peak <= budget and found.cost < now.cost:
                 best = found if best is None or found.cost < best.cost else best
     return best, spent
+
+
+def _keep_until(
+    tables: Tables, since: np.ndarray, wanted: int, now: Point, budget: int
+) -> tuple[Point | None, int]:
+    """A cheaper plan that has ``wanted`` from forward up to where the budget ends, and again.
+
+    Gradients pile up while backward runs: what does not fit at its end does earlier, and a value
+    that is there for the first repetitions spares them. ``since`` keeps it to its end.
+    """
+    spent = 0
+    trial = since.copy()
+    for _ in range(_CUTS):
+        one = tables.point(trial)
+        spent += 2 * tables.touches
+        if one is None:
+            break
+        if one.peak <= budget:
+            return (one if one.cost < now.cost else None), spent
+        until = tables.backward_call(one) - 1
+        if until < 0 or (trial[wanted] < SAVED and -2 - trial[wanted] <= until):
+            break
+        trial[wanted] = -2 - until
+    return None, spent
 
 
 def shake(

@@ -107,6 +107,17 @@ class Tables:
         found: Ints = self.free[live[self.free] == 1]
         return found
 
+    def backward_call(self, point: Point) -> int:
+        """The backward call that the plan's peak is at or comes before; -1: it is in forward.
+
+        ``point`` is the plan that was measured last.
+        """
+        place = point.place - len(self.problem.forward)
+        if place < 0:
+            return -1
+        rest = self._items[place : self._figures[ITEMS]]
+        return int(rest[np.argmax(rest >= 0)])
+
     def prices(self, since: Ints, wanted: Ints) -> Floats:
         """Seconds to have each value again under a plan."""
         out = np.zeros(len(wanted))

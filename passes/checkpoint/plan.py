@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 
 from mopt.errors import BudgetNotMet
 from mopt.passes.checkpoint._blocks import cut, with_options
@@ -58,7 +58,7 @@ def _plan(problem: RecomputeProblem, budget: int, seconds: float, solver: str) -
             ladder.squeeze(budget)
         found = ladder.best(ladder.level_of(budget))
         if found is None and budget >= ladder.least.peak:
-            found = ladder.least, "greedy"
+            found = ladder.last()
         if found is None:
             raise _too_small(problem, budget, ladder, low, low_call)
         best, found_by = found
@@ -149,8 +149,22 @@ class _Ladder:
             found = self._within(int(self.budget_of(level)))
             if found is not None and found[0].peak <= self.budget_of(level + 1):
                 found = self.best(level + 1) or found
+            elif found is not None and self.budget_of(level + 1) < self.least.peak:
+                found = min(found, self._bottom, key=lambda one: one[0].cost)
             self._solved[level] = found
         return self._solved[level]
+
+    def last(self) -> _Found:
+        """The plan for budgets from the least peak up to the first level that has a plan."""
+        above = self.best(max(0, self.level_of(self.least.peak) - 1))
+        if above is not None and above[0].peak <= self._bottom[0].peak:
+            return above
+        return self._bottom
+
+    @cached_property
+    def _bottom(self) -> _Found:
+        """The best plan within the least peak."""
+        return self._within(self.least.peak) or (self.least, "greedy")
 
     def _within(self, budget: int) -> _Found | None:
         tables = self.tables

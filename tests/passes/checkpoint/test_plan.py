@@ -92,6 +92,17 @@ def test_the_search_finds_what_the_exact_program_proves(seed: int, forms: bool) 
     assert found.repeated_seconds + problem.seconds <= 1.02 * (best + problem.seconds)
 
 
+@pytest.mark.parametrize(("seed", "seconds"), [(1, 2.7), (12, 5.2), (18, 6.3)])
+def test_the_least_peak_does_not_cost_everything(seed: int, seconds: float) -> None:
+    # What ends at the peak may be there before it: giving it up altogether costs several times as
+    # much (7.4, 8.5 and 16.6 seconds here).
+    problem = random_problem(seed, 12)
+    budget = plan(problem, 1 << 40, solver="greedy").least_peak
+    found = plan(problem, budget, solver="greedy").figures
+    assert found.peak <= budget
+    assert found.repeated_seconds <= seconds + 1e-6
+
+
 @given(seed=st.integers(0, 10_000), data=st.data())
 @settings(max_examples=40)
 def test_the_compiled_replay_is_the_replay(seed: int, data: st.DataObject) -> None:
