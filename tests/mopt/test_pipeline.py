@@ -424,19 +424,18 @@ def test_options_are_checked(options: dict[str, Any], message: str) -> None:
 
 
 def test_progress_tells_a_pass_from_the_checks_after_it() -> None:
-    class Heard(Progress):
-        said: list[str] = []
+    said: list[str] = []
 
+    class Heard(Progress):
         def step(self, done: int, total: int, unit: str) -> None:
-            self.said.append(f"{done} of {total} {unit}")
+            said.append(f"{done} of {total} {unit}")
 
     def run(program: Program, ctx: PassContext) -> PassResult:
         ctx.progress.step(3, 4, "layers")
         return PassResult(changed=False)
 
-    heard = Heard()
-    Pipeline([planted(run)]).run(three_layers(), PassContext(progress=heard))
-    assert heard.said == [
+    Pipeline([planted(run)]).run(three_layers(), PassContext(progress=Heard()))
+    assert said == [
         "0 of 1 passes, running the model before them", "0 of 1 passes, now planted",
         "3 of 4 layers", "0 of 1 passes, checking planted",
     ]  # fmt: skip
