@@ -174,11 +174,11 @@ def _plain_step(own: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
 def optimizers(steps: int, only: str = "", known: dict[str, Any] | None = None) -> dict[str, Any]:
     """The small language model trained from scratch with optimizers that keep less.
 
-    Batches of two windows of the text, which repeat after 256 steps; the loss is the mean of the
-    last 50. ``only`` may set a rate: ``galore:2e-3``. The best rate of each counts.
+    A batch is one window of the text, seen once (there are 512); the loss is the mean of the last
+    50 steps. ``only`` may set a rate: ``galore:2e-3``. The best rate of each counts.
     """
     ids = pydoc_gpt.windows(load_file(pydoc_gpt.TEXT)["calibration"])
-    data = [(rows[:, :-1], rows[:, 1:]) for rows in ids[torch.randperm(len(ids))].split(2)]
+    data = [(rows[:, :-1], rows[:, 1:]) for rows in ids[torch.randperm(len(ids))].split(1)]
     makers: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "adamw": lambda p, lr: torch.optim.AdamW(p, lr, weight_decay=0.0),
         "galore": lambda p, lr: LowRankAdamW(p, lr, rank=64, every=50, scale=1.0),

@@ -65,8 +65,10 @@ _STATE = {"none": 0, "sgd": 0, "momentum": 4, "adamw": 8}
     help="lossy: values may be kept in fewer bits, gradients are approximate.",
 )  # fmt: skip
 @option(
-    "--lossy-form", type=click.Choice(["int8", "int4", "fp8"]), default="int8", show_default=True
-)
+    "--lossy-form", default="int8", show_default=True, type=click.Choice(
+        ["int8", "int4", "fp8", "rows", "int8-running", "derivative", "fp8-mixed"]
+    ), help="How they are kept; see docs/training.md.",
+)  # fmt: skip
 @option("--offload", metavar="FOLDER", default="", help="Values may wait in a file there; or auto.")
 @option("--chunk-loss", is_flag=True, help="The loss in pieces: logits never exist as a whole.")
 @option("--update-at-once", is_flag=True, help="Update right after each gradient, which dies.")

@@ -159,7 +159,9 @@ class _Reader:
             # Only a plan that keeps the small form runs it; restoring costs about the same, and
             # both together are the price.
             back = Again(makes, reads, 2 * seconds, workspace)
-            return Call(node.name, reads, makes, 0.0, 0, layer_of(node), back, str(node.args[1]))
+            # What tells one place from another in a form's name is no part of the form.
+            form = str(node.args[1]).partition("@")[0]
+            return Call(node.name, reads, makes, 0.0, 0, layer_of(node), back, form)
         again = None if is_backward(node) else self._again(node, reads, makes, seconds, workspace)
         return Call(node.name, reads, makes, seconds, workspace, layer_of(node), again)
 

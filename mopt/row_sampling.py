@@ -98,7 +98,7 @@ def only_sums_rows(node: fx.Node) -> bool:
     shape = shape_of(node.meta["val"])
     width = shape[-1]
     rows = node.meta["val"].numel() // max(1, width)
-    own = _views_of(node)
+    own = views_of(node)
     readers = [
         user for view in own for user in view.users
         if user not in own and (is_backward(user) or user.op == "output")
@@ -106,7 +106,7 @@ def only_sums_rows(node: fx.Node) -> bool:
     return bool(readers) and all(_sums(reader, own, rows, width) for reader in readers)
 
 
-def _views_of(node: fx.Node) -> set[fx.Node]:
+def views_of(node: fx.Node) -> set[fx.Node]:
     """A value and its views."""
     found, stack = {node}, [node]
     while stack:

@@ -5,7 +5,8 @@ backward. Exact: ``bits`` (one bit for a truth value) and ``int16``/``int32`` (p
 pooling window's plane). Lossy: ``int8``, ``int4`` (least value and step for each group of 128) and
 ``fp8`` (E4M3, largest value of each group at the end of its range), and ``rows``, an unbiased
 sample of rows for weights' gradients (``mopt.row_sampling``). Groups run over the values in
-memory order. Both operators work in pieces, so that they need little besides their results.
+memory order. Further lossy families have files of their own, see ``_FAMILIES``. Both operators
+work in pieces, so that they need little besides their results.
 
 Importing this module registers the operators; nothing else happens.
 """
@@ -13,24 +14,25 @@ Importing this module registers the operators; nothing else happens.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from mopt import derivative_codes, mixed_fp8, row_sampling, running_ranges
 from mopt.flops import shape_of
 from mopt.recompute import Item
-from mopt.row_sampling import PREFIX, form_of, only_sums_rows, sample, sampled_bytes, spread_out
+from mopt.row_sampling import form_of, only_sums_rows, sample, sampled_bytes, spread_out
 
 if TYPE_CHECKING:
     from mopt.joint_graph import Joint
 
 aten = torch.ops.aten
 EXACT = ("bits", "int16", "int32")
-LOSSY = ("int8", "int4", "fp8", "rows")
+LOSSY = ("int8", "int4", "fp8", "rows", "int8-running", "derivative", "fp8-mixed")
 GROUP = 128
 _PIECE = 512 * GROUP
 _LEAST = 1024
@@ -44,10 +46,36 @@ _HEAVY = (
 )  # fmt: skip
 
 
+# What restores is no approximation of the value, but as good for those who read it in backward.
+_STAND_INS = (row_sampling.PREFIX, derivative_codes.PREFIX)
+
+
+class Family(NamedTuple):
+    """Forms whose names begin alike: bytes of a count of values, and both directions."""
+
+    packed_bytes: Callable[[str, int], int]
+    encode: Callable[[Tensor, str], Tensor]
+    decode: Callable[[Tensor, str, list[int], torch.dtype], Tensor]
+
+
+_FAMILIES = {
+    row_sampling.PREFIX: Family(sampled_bytes, sample, spread_out),
+    **{
+        file.PREFIX: Family(file.packed_bytes, file.encode, file.decode)
+        for file in (derivative_codes, running_ranges, mixed_fp8)
+    },
+}
+
+
+def _family(form: str) -> Family | None:
+    return next((f for prefix, f in _FAMILIES.items() if form.startswith(prefix)), None)
+
+
 def squeezed_bytes(form: str, count: int) -> int:
     """Bytes of ``count`` values in a form."""
-    if form.startswith(PREFIX):
-        return sampled_bytes(form, count)
+    family = _family(form)
+    if family is not None:
+        return family.packed_bytes(form, count)
     groups = -(-count // GROUP)
     if form == "bits":
         return -(-count // 8)
@@ -59,8 +87,9 @@ def squeezed_bytes(form: str, count: int) -> int:
 @torch.library.custom_op("mopt::squeeze", mutates_args=())
 def squeeze(value: Tensor, form: str) -> Tensor:
     """``value`` in a form, as uint8 of one dimension."""
-    if form.startswith(PREFIX):
-        return sample(value, form)
+    family = _family(form)
+    if family is not None:
+        return family.encode(value, form)
     flat = value.reshape(-1)
     count = flat.numel()
     if form in ("int16", "int32"):
@@ -106,8 +135,9 @@ def _(value: Tensor, form: str) -> Tensor:
 @torch.library.custom_op("mopt::restore", mutates_args=())
 def restore(packed: Tensor, form: str, shape: list[int], dtype: torch.dtype) -> Tensor:
     """What :func:`squeeze` was given; for lossy forms, the nearest values of the form."""
-    if form.startswith(PREFIX):
-        return spread_out(packed, form, shape, dtype)
+    family = _family(form)
+    if family is not None:
+        return family.decode(packed, form, shape, dtype)
     count = 1
     for size in shape:
         count *= size
@@ -186,21 +216,32 @@ def exact_forms(nodes: Iterable[fx.Node]) -> list[Form]:
 def lossy_forms(nodes: Iterable[fx.Node], form: str) -> list[Form]:
     """Results of matrix products, convolutions and attention, which ``form`` may stand for.
 
-    With ``rows``: what backward only multiplies with gradients, summed over rows.
+    With ``rows``: what backward only multiplies with gradients, summed over rows; with
+    ``derivative``: what it reads for the derivative of GELU or SiLU only.
     """
     found = []
     for node in nodes:
         value = node.meta.get("val")
-        if not _suits(value) or not value.is_floating_point():
-            continue
-        if form == "rows":
-            if only_sums_rows(node):
-                found.append(Form(node, form_of(shape_of(value)[-1])))
-            continue
-        maker = node.args[0] if node.target is operator.getitem else node
-        if isinstance(maker, fx.Node) and maker.target in _HEAVY:
-            found.append(Form(node, form))
+        if _suits(value) and value.is_floating_point():
+            name = _lossy_form(node, form)
+            if name is not None:
+                found.append(Form(node, name))
     return found
+
+
+def _lossy_form(node: fx.Node, form: str) -> str | None:
+    """The form of a family that suits a value, or None."""
+    shape = shape_of(node.meta["val"])
+    if form == "rows":
+        return form_of(shape[-1]) if only_sums_rows(node) else None
+    if form == "derivative":
+        return derivative_codes.form_for(node)
+    maker = node.args[0] if node.target is operator.getitem else node
+    if not isinstance(maker, fx.Node) or maker.target not in _HEAVY:
+        return None
+    if form == "int8-running":
+        return running_ranges.form_for(shape)
+    return mixed_fp8.form_for(node) if form == "fp8-mixed" else form
 
 
 def _suits(value: object) -> bool:
@@ -230,22 +271,22 @@ def offer(module: fx.GraphModule, forms: Iterable[Form]) -> None:
 
 
 def withdraw(joint: Joint, items: Iterable[Item]) -> int:
-    """Take back samples of rows that a plan repeats other calls with: only sums of rows bear them.
+    """Take back stand-ins that a plan repeats other calls with: only backward's readers bear them.
 
     Returns how many were taken back: the graph is another one then.
     """
-    sampled: dict[int, fx.Node] = {}
+    stands: dict[int, fx.Node] = {}
     wrong: set[fx.Node] = set()
     for item in items:
         if not item.repeat:
             continue
         again, node = joint.problem.forward[item.index].again, joint.forward[item.index]
         assert again is not None
-        wrong.update(sampled[s] for s in again.reads if s in sampled)
+        wrong.update(stands[s] for s in again.reads if s in stands)
         for s in again.makes:
-            sampled.pop(s, None)
-            if node.target is SQUEEZE and str(node.args[1]).startswith(PREFIX):
-                sampled[s] = node
+            stands.pop(s, None)
+            if node.target is SQUEEZE and str(node.args[1]).startswith(_STAND_INS):
+                stands[s] = node
     for node in wrong:
         joint.module.graph.erase_node(node)
     return len(wrong)

@@ -55,7 +55,8 @@ class TrainingOptions:
     makes its logits as a whole (gradients equal up to the order of sums). ``allow``: ``exact``;
     ``rounding`` to have values of reversible blocks again from sums, which rounds; or ``lossy`` to
     keep results of matrix products, convolutions and attention in ``lossy_form`` (``int8``,
-    ``int4``, ``fp8``; ``rows``: a sample of what weights' gradients sum) where that repeats less
+    ``int4``, ``fp8``, ``int8-running``, ``fp8-mixed``; ``rows``: a sample of what weights'
+    gradients sum; ``derivative``: four bits for GELU's and SiLU's inputs) where that repeats less
     time; gradients are approximate then.
     ``offload``: values may be moved out until backward, on a CPU to a file in this folder
     (``"auto"``: the folder of temporary files), on a GPU to host memory; ``link_bandwidth``: bytes
