@@ -105,3 +105,18 @@ def test_lossy_forms_repeat_less_and_say_how_far_gradients_are(form: str, least:
     flat = [torch.cat([g.flatten() for g in some[1:]]) for some in (expected, found)]
     assert F.cosine_similarity(*flat, dim=0) > least
     assert not torch.equal(*flat)
+
+
+def test_stand_ins_are_read_by_nobody_else() -> None:
+    torch.manual_seed(0)
+    model, x = Wide(), torch.randn(512, 64)
+    reference = copy.deepcopy(model)
+    # Gradients of weights want the activations again, which codes of derivatives cannot give.
+    more: dict[str, Any] = {"memory_budget": "42%", "allow": "lossy", "lossy_form": "derivative"}
+    run, options = compiled(model, **more)
+    expected, found = step(reference, reference, x), step(run, model, x)
+    (done,) = plans(options)
+    assert any(c.form and set(c.makes) & done.plan.saved for c in done.problem.forward)
+    # The weights of the third and the fourth layer; 0.04 with activations of stand-ins.
+    for place in (5, 7):
+        assert (found[place] - expected[place]).norm() < 0.02 * expected[place].norm()
