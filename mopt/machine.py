@@ -22,6 +22,9 @@ _RUNTIMES = ("torch", "onnxruntime", "onnx", "numpy", "triton")
 # A time measured with one of these different cannot be compared.
 _DECISIVE = ("cpu", "isa", "cores", "quota", "threads", "versions")
 
+# Load for each core from which on other work is in the way; a compile of one's own gives 1.
+_CROWDED = 1.25
+
 
 def machine_fingerprint(threads: int | None = None) -> dict[str, Any]:
     """The facts a time depends on, as plain JSON data. Imports nothing heavy.
@@ -43,6 +46,15 @@ def machine_fingerprint(threads: int | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: found for name in _RUNTIMES if (found := _version(name))},
     }
+
+
+def is_crowded() -> bool:
+    """Whether more work than there are cores has been waiting for them in the last minute.
+
+    Threads that wait for each other after every small operation then take many times as long as
+    one thread alone.
+    """
+    return os.getloadavg()[0] > _CROWDED * (os.cpu_count() or 1)
 
 
 def machine_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

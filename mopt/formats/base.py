@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 import mopt.ops  # noqa: F401 - registers the operators that formats place
 from mopt.errors import InputError, LoweringError, unknown_name
-from mopt.formats.grid import Grid
+from mopt.formats.grid import Grid, values_at_a_time
 from mopt.layers import Layer
 from mopt.pass_base import Skip
 from mopt.program import Program, module_path, site_of
@@ -199,7 +199,8 @@ def round_codes(values: Tensor, scales: Tensor, zeros: Tensor | None, bits: int)
 
 def require_finite(weight: Tensor, path: str = "", source: str | None = None) -> None:
     """Raise InputError naming the layer when a weight holds NaN or infinity."""
-    bad = sum(int((~torch.isfinite(weight[at])).sum()) for at in row_pieces(weight))
+    pieces = row_pieces(weight, values_at_a_time())
+    bad = sum(int((~torch.isfinite(weight[at])).sum()) for at in pieces)
     if not bad:
         return
     where = f" of {path!r}" if path else ""

@@ -14,9 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mopt.machine import is_crowded
+
 SCALE_FLOOR = 1e-8
 # Rows are searched in pieces of about this many values, so that a piece stays in the cache.
 _PIECE = 1 << 18
+_PIECE_OF_ONE_THREAD = 30_000  # so few that PyTorch does not divide them between threads
 _FACTORS = {  # on the min-max range
     2: tuple(0.30 + 0.035 * i for i in range(25)),
     3: tuple(0.46 + 0.027 * i for i in range(23)),
@@ -24,6 +27,8 @@ _FACTORS = {  # on the min-max range
     8: tuple(0.86 + 0.014 * i for i in range(11)),
 }
 _REFINEMENTS = 2
+# Floats around these are whole numbers.
+_WHOLE = {torch.float32: 1.5 * 2**23, torch.float64: 1.5 * 2**52}
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,14 @@ class Grid:
         )
 
 
+def values_at_a_time() -> int:
+    """How many values to work on at once where that changes no result.
+
+    On a machine with other work to do so few that one thread computes with them.
+    """
+    return _PIECE_OF_ONE_THREAD if torch.get_num_threads() > 1 and is_crowded() else _PIECE
+
+
 def min_max_grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Grid:
     """The narrowest grid that holds [low, high] and zero; scale 1 where the range is empty.
 
@@ -67,7 +80,7 @@ def min_max_grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Grid:
         scale = torch.maximum(-bottom, top) / (2 ** (bits - 1) - 1)
         return Grid(_safe(scale))
     scale = _safe((top - bottom) / (2**bits - 1))
-    zero = torch.round(-bottom / scale.double()).clamp(0, 2**bits - 1)
+    zero = _round_(-bottom / scale.double()).clamp(0, 2**bits - 1)
     return Grid(scale, zero.float())
 
 
@@ -94,7 +107,9 @@ def search_grid(
     if importance is not None or pad:
         weigh = torch.ones(columns) if importance is None else importance.float()
         weigh = _by_group(weigh.to(weight.device), group, pad)
-    step = max(1, _PIECE // (columns + pad))
+    # With weights for pairs of errors, and in long rows, sums depend on how the work is divided.
+    divisible = columns + pad <= _PIECE_OF_ONE_THREAD and (weigh is None or weigh.dim() == 2)
+    step = max(1, (values_at_a_time() if divisible else _PIECE) // (columns + pad))
     pieces = []
     for start in range(0, rows, step):
         piece = torch.nn.functional.pad(weight[start : start + step].float(), (0, pad))
@@ -123,15 +138,16 @@ def _search(x: Tensor, weigh: Tensor | None, bits: int, symmetric: bool, ranges:
     scale, zero = start.scales, start.zero_points
     best = _error(x, _levels(x, scale, zero, bits), scale, weigh)
     sign = torch.where((high > -low) & (bits < 8), -1.0, 1.0) if symmetric else 1.0
-    for factor in _FACTORS[bits]:
-        tried = min_max_grid(low * factor, high * factor, bits, symmetric)
-        step = tried.scales * sign
-        error = _error(x, _levels(x, step, tried.zero_points, bits), step, weigh)
+    factors = low.new_tensor(_FACTORS[bits]).view(-1, 1, 1)
+    tried = min_max_grid(low * factors, high * factors, bits, symmetric)
+    offsets = [None] * len(factors) if tried.zero_points is None else tried.zero_points
+    for step, offset in zip(tried.scales * sign, offsets, strict=True):
+        error = _error(x, _levels(x, step, offset, bits), step, weigh)
         better = error < best
         best = torch.where(better, error, best)
         scale = torch.where(better, step, scale)
-        if zero is not None and tried.zero_points is not None:
-            zero = torch.where(better, tried.zero_points, zero)
+        if zero is not None and offset is not None:
+            zero = torch.where(better, offset, zero)
     for _ in range(_REFINEMENTS):
         codes = _levels(x, scale, zero, bits)
         weighed = codes if weigh is None else _weighed(codes, weigh)
@@ -146,11 +162,20 @@ def _search(x: Tensor, weigh: Tensor | None, bits: int, symmetric: bool, ranges:
 
 def _levels(x: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     """Codes less the zero point, as floats."""
-    codes = torch.div(x, scale.unsqueeze(-1)).round_()
+    codes = _round_(torch.div(x, scale.unsqueeze(-1)))
     if zero is None:
         return codes.clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     offset = zero.unsqueeze(-1)
     return torch.clamp(codes, -offset, 2**bits - 1 - offset)
+
+
+def _round_(values: Tensor) -> Tensor:
+    """To the nearest whole number, ties to even, as far as numbers of a few bits reach.
+
+    What is far outside stays far outside. ``Tensor.round_`` divides even small work among threads.
+    """
+    whole = _WHOLE[values.dtype]
+    return values.add_(whole).sub_(whole)
 
 
 def _error(x: Tensor, codes: Tensor, scale: Tensor, weigh: Tensor | None) -> Tensor:

@@ -23,7 +23,7 @@ from mopt.formats.base import (
     store,
     swap_calls,
 )
-from mopt.formats.grid import SCALE_FLOOR, Grid, search_grid
+from mopt.formats.grid import SCALE_FLOOR, Grid, search_grid, values_at_a_time
 from mopt.layers import Layer
 from mopt.ops import dequantize_blocks, pack_bits, pack_zero_points
 from mopt.program import Program
@@ -137,7 +137,8 @@ class IntBlocks(GridFormat):
     def encode(self, weight: Tensor, *, grid: Grid | None = None) -> Encoded:
         require_finite(weight)
         grid = self.grid(weight) if grid is None else grid
-        pieces = (self._encode(weight[at], grid.rows(at)) for at in row_pieces(weight))
+        slices = row_pieces(weight, values_at_a_time())
+        pieces = (self._encode(weight[at], grid.rows(at)) for at in slices)
         return Encoded.join(pieces, len(weight))
 
     def _encode(self, weight: Tensor, grid: Grid) -> Encoded:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mopt.calibration import Calibration
-from mopt.formats import base
+from mopt.formats import base, grid
 from mopt.formats.base import Encoded, find_format, row_pieces
 from mopt.frontend import capture
 from mopt.layers import find_layers
@@ -38,6 +38,7 @@ def test_pieces_of_rows_give_what_the_whole_does(
     results = []
     for piece in (1 << 20, 5 * 64):  # the whole weight, or five rows of it
         monkeypatch.setattr(base, "_PIECE", piece)
+        monkeypatch.setattr(grid, "_PIECE", piece)
         monkeypatch.setattr(_calibrated, "_ROUNDED_TOGETHER", piece)
         done = run_with(one_linear(), [correlated(40, 64)], (name, PASSES[name]))
         results.append((done.weights(), done.steps[-1].stats))
@@ -47,6 +48,34 @@ def test_pieces_of_rows_give_what_the_whole_does(
         assert torch.equal(tensor, parts[0][path]), path
     for key in {"weight_error", "output_error", "error_left"}.intersection(whole[1]):
         assert parts[1][key] == pytest.approx(whole[1][key], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["int4-g32", "int4-g32-asym", "int8-channel", "int2-g128"])
+def test_other_work_on_the_machine_changes_how_a_weight_is_divided_and_no_bit_of_it(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, form = normal(600, 256), find_format(name)
+    pieces, search = [], grid._search
+    monkeypatch.setattr(
+        grid, "_search", lambda *given: pieces.append(given[0].numel()) or search(*given)
+    )
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    found = []
+    for crowded in (False, True):
+        monkeypatch.setattr(grid, "is_crowded", lambda crowded=crowded: crowded)
+        found.append(form.encode(weight).tensors)
+    assert len(pieces) > 2 and min(pieces) < 1 << 15 < pieces[0]
+    assert found[0].keys() == found[1].keys()
+    for part, tensor in found[0].items():
+        assert torch.equal(tensor, found[1][part]), part
+
+
+def test_rounding_in_the_search_is_that_of_torch_wherever_codes_are() -> None:
+    values = torch.cat([torch.arange(-600, 600) / 4, torch.tensor([2.5e4, -1e38, 1e38])])
+    for kind in (torch.float32, torch.float64):
+        exact = values.to(kind)
+        rounded = grid._round_(exact.clone())
+        assert torch.equal(rounded.clamp(-256, 256), exact.round().clamp(-256, 256))
 
 
 @pytest.mark.parametrize("name", ["quantize-adaround", "quantize-qat"])
