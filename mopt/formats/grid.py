@@ -80,7 +80,7 @@ def min_max_grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Grid:
         scale = torch.maximum(-bottom, top) / (2 ** (bits - 1) - 1)
         return Grid(_safe(scale))
     scale = _safe((top - bottom) / (2**bits - 1))
-    zero = _round_(-bottom / scale.double()).clamp(0, 2**bits - 1)
+    zero = round_(-bottom / scale.double()).clamp(0, 2**bits - 1)
     return Grid(scale, zero.float())
 
 
@@ -162,14 +162,14 @@ def _search(x: Tensor, weigh: Tensor | None, bits: int, symmetric: bool, ranges:
 
 def _levels(x: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     """Codes less the zero point, as floats."""
-    codes = _round_(torch.div(x, scale.unsqueeze(-1)))
+    codes = round_(torch.div(x, scale.unsqueeze(-1)))
     if zero is None:
         return codes.clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     offset = zero.unsqueeze(-1)
     return torch.clamp(codes, -offset, 2**bits - 1 - offset)
 
 
-def _round_(values: Tensor) -> Tensor:
+def round_(values: Tensor) -> Tensor:
     """To the nearest whole number, ties to even, as far as numbers of a few bits reach.
 
     What is far outside stays far outside. ``Tensor.round_`` divides even small work among threads.

@@ -23,7 +23,7 @@ from mopt.formats.base import (
     store,
     swap_calls,
 )
-from mopt.formats.grid import SCALE_FLOOR, Grid, search_grid
+from mopt.formats.grid import SCALE_FLOOR, Grid, round_, search_grid, values_at_a_time
 from mopt.layers import Layer
 from mopt.program import Program
 
@@ -61,9 +61,9 @@ class _Int8Rows(GridFormat):
         flat = weight.reshape(len(weight), -1).float()
         group = self.group_of(flat.shape[1])
         codes = torch.empty(flat.shape, dtype=torch.int8, device=flat.device)
-        for at in row_pieces(flat):
+        for at in row_pieces(flat, values_at_a_time()):
             steps = grid.scales[at].float().repeat_interleave(group, dim=1)[:, : flat.shape[1]]
-            codes[at] = torch.round(flat[at] / steps).clamp(-self.limit, self.limit).to(torch.int8)
+            codes[at] = round_(flat[at] / steps).clamp(-self.limit, self.limit).to(torch.int8)
         tensors = {"codes": codes.view(weight.shape), "scales": self._stored(grid.scales)}
         return Encoded(self.name, tuple(weight.shape), tensors)
 

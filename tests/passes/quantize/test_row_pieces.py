@@ -74,7 +74,7 @@ def test_rounding_in_the_search_is_that_of_torch_wherever_codes_are() -> None:
     values = torch.cat([torch.arange(-600, 600) / 4, torch.tensor([2.5e4, -1e38, 1e38])])
     for kind in (torch.float32, torch.float64):
         exact = values.to(kind)
-        rounded = grid._round_(exact.clone())
+        rounded = grid.round_(exact.clone())
         assert torch.equal(rounded.clamp(-256, 256), exact.round().clamp(-256, 256))
 
 
