@@ -221,10 +221,9 @@ def read_only(options: argparse.Namespace, place: Callable[[str], Place]) -> dic
     """An output folder that may not be written to (as root: a read-only mount)."""
     here = place("read-only")
     closed = here.folder / "closed"
-    closed.mkdir()
+    closed.mkdir(mode=0o500)
     libc = ctypes.CDLL(None, use_errno=True)
     mounted = libc.mount(b"tmpfs", os.fsencode(closed), b"tmpfs", 1, b"size=1m") == 0
-    closed.chmod(0o500)
     try:
         code, said, seconds = here.run(*compile_arguments(options, "closed/out"))
     finally:
