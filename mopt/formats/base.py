@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 import mopt.ops  # noqa: F401 - registers the operators that formats place
 from mopt.errors import InputError, LoweringError, unknown_name
-from mopt.formats.grid import Grid, values_at_a_time
+from mopt.formats.grid import Grid, round_, values_at_a_time
 from mopt.layers import Layer
 from mopt.pass_base import Skip
 from mopt.program import Program, module_path, site_of
@@ -194,7 +194,7 @@ def groups_of(start: int, count: int, group: int) -> slice | Tensor:
 def round_codes(values: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
     """Unsigned codes as floats: ``clamp(rne(x / scale) + zero, 0, 2**bits - 1)``, ONNX's order."""
     zero = 2 ** (bits - 1) if zeros is None else zeros
-    return torch.clamp(torch.round(values / scales) + zero, 0, 2**bits - 1)
+    return torch.clamp(round_(values / scales) + zero, 0, 2**bits - 1)
 
 
 def require_finite(weight: Tensor, path: str = "", source: str | None = None) -> None:
