@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
@@ -19,6 +18,7 @@ import click
 from mopt import __version__
 from mopt.cli._command import FolderGroup
 from mopt.cli._output import Output, flush, silence
+from mopt.disk import FULL
 from mopt.errors import LimitError, MoptError, UsageError
 
 DONE, USAGE, DEFECT, INTERRUPTED, TERMINATED = 0, 2, 3, 130, 143
@@ -109,7 +109,7 @@ def _as_mopt_error(error: BaseException) -> MoptError | None:
             code="out-of-memory",
             hint="use smaller example inputs or fewer calibration batches, or a larger machine",
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in FULL:
         import tempfile
 
         where = f" of {error.filename!r}" if error.filename else ""

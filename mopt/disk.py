@@ -22,7 +22,8 @@ from pathlib import Path
 
 from mopt.errors import InputError, LimitError, MoptError, quote
 
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+# What the system says when something has no room: the disk, a quota, the limit on a file.
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _REFUSED = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 _NO_EXCHANGE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 _RENAME_EXCHANGE = 2
@@ -203,7 +204,7 @@ class FileWriter:
 
 def write_error(e: OSError, shown: str, needed: int | None = None) -> MoptError:
     """The error to show for an ``OSError`` met while writing ``shown``."""
-    if e.errno in _FULL:
+    if e.errno in FULL:
         need = f", at least {needed} bytes are needed" if needed else ""
         return LimitError(
             f"no space left to write {quote(shown)}: {free_bytes(shown)} bytes are free{need}",

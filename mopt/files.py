@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mopt.disk import (
+    FULL,
     Files,
     FileWriter,
     check_space,
@@ -209,7 +210,7 @@ def write_folder(
             yield writer
         except OSError as e:
             # A library that wrote by path met the full disk; other errors are not about writing.
-            if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            if e.errno in FULL:
                 raise write_error(e, shown, _tree_bytes(temporary)) from e
             raise
         try:

@@ -152,11 +152,12 @@ def test_names_in_errors_are_escaped(mopt: Call, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_full_disk_and_full_memory_are_2(mopt: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/somewhere/file")
-    monkeypatch.setattr(models_command, "names", _raise(full))
-    done = mopt("models", "list")
-    assert done.code == 2
-    assert "error[disk-full]: no space is left on the disk of '/somewhere/file'" in done.err
+    for number in (errno.ENOSPC, errno.EFBIG):
+        full = OSError(number, os.strerror(number), "/somewhere/file")
+        monkeypatch.setattr(models_command, "names", _raise(full))
+        done = mopt("models", "list")
+        assert done.code == 2
+        assert "error[disk-full]: no space is left on the disk of '/somewhere/file'" in done.err
     monkeypatch.setattr(models_command, "names", _raise(MemoryError()))
     done = mopt("models", "list")
     assert done.code == 2

@@ -314,10 +314,12 @@ def test_read_only_folder_is_refused_before_any_work(
     assert caught.value.code == "output-read-only"
 
 
-def test_full_disk_met_by_a_library(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_full_disk_met_by_a_library(tmp_path: Path, number: int) -> None:
+    """EFBIG is what a limit on the size of files gives, or a file system that has one."""
     with pytest.raises(LimitError) as caught, write_folder(tmp_path / "out") as out:
         out.write("a.bin", b"x" * 500)
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(number, os.strerror(number))
     assert caught.value.code == "disk-full" and "500" in str(caught.value)
 
 
