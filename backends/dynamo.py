@@ -56,12 +56,15 @@ def compile_with(
     """Compile one graph of dynamo's; forward and backward follow the session's plan."""
     session.prepare(module, example_inputs)
     if session.options.codegen == "inductor":
+        from torch._functorch import config
         from torch._inductor.compile_fx import compile_fx
 
         patches = {"custom_partitioner_fn": _Partitioner(session)}
-        compiled: Callable[..., Any] = compile_fx(
-            module, list(example_inputs), config_patches=patches
-        )
+        # What PyTorch keeps of whole steps between processes is found without asking for a plan.
+        with config.patch(enable_autograd_cache=False):
+            compiled: Callable[..., Any] = compile_fx(
+                module, list(example_inputs), config_patches=patches
+            )
         return compiled
     backend = aot_autograd(
         fw_compiler=boxed, bw_compiler=boxed, partition_fn=session.partition
