@@ -135,7 +135,8 @@ def interactions(
 ) -> list[Interaction]:
     """Those of groups that follow each other, in one format.
 
-    Measured at most ``most`` times, where both alone cost most first.
+    Measured at most ``most`` times, where both alone cost most first. Two never cost less than the
+    dearer one of them does: along a chain of groups, sums would fall below zero.
     """
     wanted = []
     for first, (one, other) in enumerate(pairwise(sites)):
@@ -147,7 +148,10 @@ def interactions(
     return [
         Interaction(
             first, option.name, first + 1, second.name,
-            measure({**option.formats, **second.formats}) + alone,
+            max(
+                measure({**option.formats, **second.formats}) + alone,
+                -max(min(option.loss, second.loss), 0.0),
+            ),
         )
         for alone, first, option, second in wanted[:most]
     ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from mopt.errors import InputError
 from mopt.formats import find_format
 from mopt.formats.base import families
 from mopt.hashes import tensor_hash
-from mopt.layers import Layer
+from mopt.layers import Layer, find_layers
 from mopt.pass_base import PassContext, Progress
 from mopt.passes.choose._reruns import Reruns, default_limit
 from mopt.pipeline import flat_tensors
@@ -36,6 +36,24 @@ class Place(Protocol):
 
 
 _SOURCES = (__file__, *(str(Path(__file__).with_name(n)) for n in ("_place.py", "_reruns.py")))
+
+
+def gives_logits(program: Program) -> bool:
+    """Whether an output is what a layer computes: what a norm or tanh gives is no logit."""
+    calls = {call for layer in find_layers(program) for call in layer.calls}
+    (output,) = (node for node in program.graph.nodes if node.op == "output")
+    return any(_unviewed(node, calls) in calls for node in output.all_input_nodes)
+
+
+def _unviewed(node: fx.Node, calls: Set[fx.Node]) -> fx.Node:
+    """What a value is a view of, up to the first of ``calls``."""
+    while node not in calls and isinstance(node.target, torch._ops.OpOverload):
+        source = node.args[0] if node.args else None
+        returns = node.target._schema.returns
+        if not isinstance(source, fx.Node) or all(one.alias_info is None for one in returns):
+            break
+        node = source
+    return node
 
 
 @dataclass

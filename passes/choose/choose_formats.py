@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from statistics import median
 from typing import Any, ClassVar
@@ -43,7 +43,7 @@ from mopt.passes.choose._options import (
 )
 from mopt.passes.choose._place import is_fitted, place
 from mopt.passes.choose._program import Problem, Solution
-from mopt.passes.choose._sensitivity import Losses, estimate
+from mopt.passes.choose._sensitivity import Losses, estimate, gives_logits
 from mopt.passes.choose._solver import settle, solve
 from mopt.passes.choose._widths import (
     Crossing,
@@ -93,7 +93,7 @@ class ChooseFormats(Pass):
     )
     loss: str = option(
         "auto", choices=("auto", "kl", "cosine", "metric"),
-        help="what a format costs; auto: kl where there is a metric, else cosine",
+        help="what a format costs; auto: kl where a metric judges logits, else cosine",
     )  # fmt: skip
     batches: int = option(1, min=1, help="calibration batches that losses are measured on")
     exact_tflop: float = option(0.6, min=0, help="work that auto spends on exact losses, in TFLOP")
@@ -257,7 +257,7 @@ class ChooseFormats(Pass):
             calls = list(islice(ctx.calibration.for_part(program), self.batches))
         kind = self.loss
         if kind == "auto":
-            kind = "kl" if ctx.evaluate is not None else "cosine"
+            kind = "kl" if ctx.evaluate is not None and gives_logits(program) else "cosine"
         losses = Losses(program, ctx, calls, kind, place)
         work = [(one, option_) for one in sites for option_ in one.options[1:]]
         exact = self._exact_share(program, len(work), len(calls))
@@ -273,7 +273,10 @@ class ChooseFormats(Pass):
         else:
             error = self._estimate_losses(program, ctx, sites, losses, exact, kind)
         if self._fits(ctx):
-            _scale_to_fitted(sites, losses, ctx)
+            shares = _scale_to_fitted(sites, losses, ctx)
+            together = [
+                replace(one, loss=one.loss * shares.get(one.one_option, 1.0)) for one in together
+            ]
         fill_losses(widths, losses, ctx)
         return {
             "loss": kind, "batches": len(calls), "exact": losses.measured, "cached": losses.cached,
@@ -332,8 +335,12 @@ class ChooseFormats(Pass):
         return _held_out_error(logs)
 
 
-def _scale_to_fitted(sites: Sequence[Sites], losses: Losses, ctx: PassContext) -> None:
-    """Losses of rounding to nearest, times what fitting leaves of them in a sample of groups."""
+def _scale_to_fitted(sites: Sequence[Sites], losses: Losses, ctx: PassContext) -> dict[str, float]:
+    """Losses of rounding to nearest, times what fitting leaves of them in a sample of groups.
+
+    Returns that share for every format that it is about.
+    """
+    shares: dict[str, float] = {}
     names = dict.fromkeys(o.name for one in sites for o in one.options[1:])
     for name in filter(is_fitted, names):
         found = [o for one in sites for o in one.options if o.name == name and o.loss > 0]
@@ -342,9 +349,11 @@ def _scale_to_fitted(sites: Sequence[Sites], losses: Losses, ctx: PassContext) -
             ctx.progress.step(len(ratios), _FITTED_SAMPLE, f"groups fitted in {name}")
             fitted = losses.exact(found[index].formats, fitted=True)
             ratios.append(fitted / losses.exact(found[index].formats))
+        shares[name] = median(ratios) if ratios else 1.0
         for option_ in found:
-            option_.loss *= median(ratios)
+            option_.loss *= shares[name]
             option_.loss_source = "estimated"
+    return shares
 
 
 def _spread(total: int, wanted: int) -> set[int]:

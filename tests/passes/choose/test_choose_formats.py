@@ -16,13 +16,15 @@ from torch import nn
 import mopt
 from mopt.budget import Budget
 from mopt.cache import Cache
+from mopt.calibration import Calibration
 from mopt.choice import Baseline, Observation
 from mopt.cost import Cost, LayerRequest
 from mopt.errors import PassError, UsageError
 from mopt.pass_base import PassContext
 from mopt.passes.choose._limits import Corrections, Limits, make_problem
+from mopt.passes.choose._sensitivity import gives_logits
 from mopt.pipeline import Pipeline
-from mopt.program import Program
+from mopt.program import ModelSize, Program
 from mopt.registry import make_pass
 from tests import tiny
 from tests.case import Case
@@ -236,7 +238,6 @@ def test_a_swap_runs_only_what_follows_and_gives_the_same_loss() -> None:
 
 
 def test_static_int8_for_convolutions_when_there_is_data() -> None:
-    from mopt.calibration import Calibration
 
     program = tiny.small_cnn().capture()
     data = Calibration([program.args], program)
@@ -256,7 +257,6 @@ class Chain(nn.Module):
 
 
 def chain(border: float, *texts: str, **more: Any) -> dict[str, Any]:
-    from mopt.calibration import Calibration
     from mopt.frontend import capture
 
     program = capture(Chain().eval(), (torch.randn(2, 8, 6, 6),))
@@ -323,6 +323,45 @@ def test_what_neighbours_cost_together_is_measured() -> None:
     assert alone["estimated"]["loss"] != pytest.approx(both, rel=1e-3)
 
 
+def test_losses_of_neighbours_shrink_with_the_losses_that_fitting_leaves() -> None:
+    """Terms of pairs at the scale of nearest codes outweighed fitted ones: sums below zero."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 8) @ torch.randn(8, 64) + 0.1 * torch.randn(64, 64)
+    program = mopt.capture(nn.Sequential(*(nn.Linear(64, 64) for _ in range(4))).eval(), (x,))
+    found = {}
+    for rounding in ("nearest", "fitted"):
+        done = run(
+            program, "minimize=size", "quality>=0.2", calibration=Calibration([(x,)], program),
+            options={"formats": "int4-g32", "rounding": rounding, "widths": False},
+        )  # fmt: skip
+        choice = done.plan["choice"]
+        assert choice["pairs"] == 3
+        alone = sum(
+            one["loss"] for row in choice["layers"].values() for one in row["candidates"]
+            if one["format"] == "int4-g32"
+        )  # fmt: skip
+        found[rounding] = choice["estimated"]["loss"] / alone
+    assert found["nearest"] > 0
+    assert found["fitted"] == pytest.approx(found["nearest"], rel=1e-6)
+
+
+def test_two_neighbours_never_cost_less_than_the_dearer_one() -> None:
+    from mopt.passes.choose._neighbours import interactions
+    from mopt.passes.choose._options import Option, Sites
+
+    sites = [
+        Sites(
+            str(i),
+            (),
+            ModelSize(0, 0),
+            [Option("original", {}, 0, 0), Option("a", {str(i): "a"}, 0, 0, loss=loss)],
+        )
+        for i, loss in enumerate((0.3, 0.1, 0.2))
+    ]
+    terms = interactions(sites, lambda formats: 0.0, 9)
+    assert sum(one.loss for one in terms) == pytest.approx(-0.2)
+
+
 def test_a_table_and_a_head_that_share_their_weight_share_the_format() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -374,6 +413,17 @@ def test_energy_can_be_limited(limit: str, share: float) -> None:
 def test_unknown_formats_are_refused_at_once() -> None:
     with pytest.raises(UsageError, match="no format is called 'int5'"):
         make_pass("choose-formats", {"formats": "int5"})
+
+
+@pytest.mark.parametrize(
+    ("last", "expected"),
+    [([], True), ([nn.Unflatten(-1, (2, 4))], True), ([nn.LayerNorm(8)], False),
+     ([nn.Tanh()], False)],
+)  # fmt: skip
+def test_only_what_a_layer_gives_is_a_logit(last: list[nn.Module], expected: bool) -> None:
+    """A divergence of the softmax says nothing about an embedding."""
+    program = mopt.capture(nn.Sequential(nn.Linear(4, 8), *last).eval(), (torch.randn(2, 4),))
+    assert gives_logits(program) is expected
 
 
 def test_losses_by_the_users_metric() -> None:
@@ -438,7 +488,6 @@ def test_weights_that_are_widened_save_no_memory() -> None:
 
 
 def test_losses_are_those_of_fitted_codes_where_codes_will_be_fitted() -> None:
-    from mopt.calibration import Calibration
     from mopt.passes.choose._place import place
     from mopt.passes.choose._sensitivity import Losses
 
