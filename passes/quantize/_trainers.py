@@ -14,6 +14,7 @@ from mopt.formats import Encoded, Grid, GridFormat
 from mopt.formats.base import row_pieces
 from mopt.formats.int_blocks import IntBlocks
 from mopt.layers import Layer
+from mopt.moments import ChannelMoments
 from mopt.pass_base import PassContext
 from mopt.passes.quantize._blocks import Block, input_moments, run_block
 from mopt.program import Program
@@ -183,13 +184,10 @@ class ProductTrainer(BlockTrainer):
     ) -> tuple[float, dict[Layer, Encoded]]:
         (layer,) = self._block.layers
         weight = self._program.weight(layer.weight)
-        rows = 0
-        moment = torch.zeros(weight.shape[1], weight.shape[1])
+        seen = ChannelMoments()
         for values in self._inputs:
-            flat = values[self._block.inputs[0]].detach().reshape(-1, weight.shape[1]).float()
-            moment.addmm_(flat.t(), flat)
-            rows += len(flat)
-        moments = {layer: moment / max(rows, 1)}
+            seen.add(values[self._block.inputs[0]])
+        moments = {layer: seen.second.float()}
         self._require_finite(moments)
         kept = list[float]()
 
