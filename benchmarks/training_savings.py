@@ -142,6 +142,13 @@ def _score(logits: Tensor, target: Tensor) -> Tensor:
 
 TUNED: dict[str, dict[str, Any]] = {
     "plain": {}, "exact": {}, "offload": {"offload": "auto"}, "lossy": {"allow": "lossy"},
+    # On this processor repeating is the cheaper way; on one with slow products codes are kept.
+    "lossy int8, priced for a Cortex-A76": {
+        "allow": "lossy", "costs": "device", "device": "cpu-cortex-a76",
+    },
+    "lossy int4, priced for a Cortex-A76": {
+        "allow": "lossy", "lossy_form": "int4", "costs": "device", "device": "cpu-cortex-a76",
+    },
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import mopt
 from mopt.errors import BudgetNotMet, InputError, UsageError
 from mopt.optimizer_state import state_bytes
+from mopt.training_step import _error
 
 QUICK = {"costs": "estimated", "solver": "greedy"}
 
@@ -171,3 +172,13 @@ def test_state_is_known_before_and_after_the_first_step() -> None:
     model(torch.randn(8, 16)).sum().backward()
     adam.step()
     assert 2 * size <= state_bytes(adam) <= 2 * size + 100
+
+
+def test_the_error_of_many_gradients_is_not_one_of_float32_sums() -> None:
+    exact = {"weight": torch.full((5_000_000,), 0.1)}
+    same = _error(exact, exact)
+    assert (same.relative, same.cosine) == (0.0, pytest.approx(1.0, abs=1e-12))
+    other = _error(exact, {"weight": exact["weight"] * 1.5})
+    assert other.relative == pytest.approx(0.5, rel=1e-6)
+    assert other.cosine == pytest.approx(1.0, abs=1e-12)
+    assert max(same.cosine, other.cosine) <= 1.0
