@@ -12,6 +12,10 @@ from torch import Tensor
 
 from mopt.errors import InputError, quote
 
+# Values compared at a time: float64 copies of all logits of a language model would not stay in any
+# cache, and took most of the time of a comparison.
+_TOGETHER = 1 << 17
+
 
 @dataclass(frozen=True)
 class Drift:
@@ -59,9 +63,14 @@ class DriftMeter:
                     code="output-shape",
                 )
             if expected.numel():
-                self._add(expected.detach().cpu().double(), found.detach().cpu().double())
+                width = expected.shape[-1] if expected.dim() else 1
+                rows = max(1, _TOGETHER // max(1, width))
+                left, right = (value.detach().cpu().reshape(-1, width).split(rows)
+                               for value in (expected, found))  # fmt: skip
+                for piece, other in zip(left, right, strict=True):
+                    self._add_rows(piece.double(), other.double())
 
-    def _add(self, expected: Tensor, found: Tensor) -> None:
+    def _add_rows(self, expected: Tensor, found: Tensor) -> None:
         same = expected == found  # also where both are the same infinity
         difference = torch.where(same, torch.zeros_like(expected), found - expected)
         clean = torch.where(torch.isfinite(expected), expected, torch.zeros_like(expected))
@@ -69,8 +78,7 @@ class DriftMeter:
         self._noise += float(difference.square().sum())
         self._peak = max(self._peak, float(clean.abs().max()))
         self._worst = max(self._worst, float(difference.abs().max()))
-        width = expected.shape[-1] if expected.dim() else 1
-        left, right = clean.reshape(-1, width), torch.where(same, clean, found).reshape(-1, width)
+        left, right = clean, torch.where(same, clean, found)
         norms = left.norm(dim=1) * right.norm(dim=1)
         equal = (left == right).all(dim=1)
         ratio = (left * right).sum(1) / torch.where(norms > 0, norms, torch.ones_like(norms))
