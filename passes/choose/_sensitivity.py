@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +16,7 @@ from torch.nn import functional
 from mopt.cache import library_versions, source_hash
 from mopt.calibration import Calibration
 from mopt.errors import InputError
+from mopt.flops import shape_of
 from mopt.formats import find_format
 from mopt.formats.base import families
 from mopt.hashes import tensor_hash
@@ -35,7 +38,21 @@ class Place(Protocol):
     ) -> None: ...
 
 
+# What losses are measured on where nothing else is asked for: rows of outputs (tokens, samples),
+# in as many batches as hold them. One sentence ranks the formats of a layer by its own accidents.
+_ROWS, _MOST_BATCHES = 512, 8
 _SOURCES = (__file__, *(str(Path(__file__).with_name(n)) for n in ("_place.py", "_reruns.py")))
+
+
+def enough_batches(program: Program, data: Iterable[Call], count: int) -> list[Call]:
+    """The first ``count`` batches; if 0, as many as give 512 rows of outputs, at most 8."""
+    if not count:
+        outputs = [node.meta.get("val") for node in program.graph.output_node().all_input_nodes]
+        rows = sum(
+            math.prod(shape_of(v)[:-1]) for v in outputs if isinstance(v, Tensor) and v.dim()
+        )
+        count = min(max(math.ceil(_ROWS / max(rows, 1)), 1), _MOST_BATCHES)
+    return list(islice(data, count))
 
 
 def gives_logits(program: Program) -> bool:

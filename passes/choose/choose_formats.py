@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from statistics import median
 from typing import Any, ClassVar
 
@@ -43,7 +42,7 @@ from mopt.passes.choose._options import (
 )
 from mopt.passes.choose._place import is_fitted, place
 from mopt.passes.choose._program import Problem, Solution
-from mopt.passes.choose._sensitivity import Losses, estimate, gives_logits
+from mopt.passes.choose._sensitivity import Losses, enough_batches, estimate, gives_logits
 from mopt.passes.choose._solver import settle, solve
 from mopt.passes.choose._widths import (
     Crossing,
@@ -95,7 +94,9 @@ class ChooseFormats(Pass):
         "auto", choices=("auto", "kl", "cosine", "metric"),
         help="what a format costs; auto: kl where a metric judges logits, else cosine",
     )  # fmt: skip
-    batches: int = option(1, min=1, help="calibration batches that losses are measured on")
+    batches: int = option(
+        0, min=0, help="calibration batches that losses are measured on; 0: up to 8, for 512 rows"
+    )
     exact_tflop: float = option(0.6, min=0, help="work that auto spends on exact losses, in TFLOP")
     pairs: int = option(32, min=0, help="most pairs of neighbours whose joint loss is measured")
     rounding: str = option(
@@ -254,7 +255,7 @@ class ChooseFormats(Pass):
         """Fill in what every option costs in quality; how that was found, and what pairs add."""
         calls = [(program.args, program.kwargs)]
         if ctx.calibration is not None:
-            calls = list(islice(ctx.calibration.for_part(program), self.batches))
+            calls = enough_batches(program, ctx.calibration.for_part(program), self.batches)
         kind = self.loss
         if kind == "auto":
             kind = "kl" if ctx.evaluate is not None and gives_logits(program) else "cosine"

@@ -22,7 +22,7 @@ from mopt.cost import Cost, LayerRequest
 from mopt.errors import PassError, UsageError
 from mopt.pass_base import PassContext
 from mopt.passes.choose._limits import Corrections, Limits, make_problem
-from mopt.passes.choose._sensitivity import gives_logits
+from mopt.passes.choose._sensitivity import enough_batches, gives_logits
 from mopt.pipeline import Pipeline
 from mopt.program import ModelSize, Program
 from mopt.registry import make_pass
@@ -424,6 +424,17 @@ def test_only_what_a_layer_gives_is_a_logit(last: list[nn.Module], expected: boo
     """A divergence of the softmax says nothing about an embedding."""
     program = mopt.capture(nn.Sequential(nn.Linear(4, 8), *last).eval(), (torch.randn(2, 4),))
     assert gives_logits(program) is expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "asked", "taken"), [(1, 0, 8), (100, 0, 6), (512, 0, 1), (600, 0, 1), (1, 3, 3)]
+)
+def test_losses_are_measured_on_rows_enough(rows: int, asked: int, taken: int) -> None:
+    program = tiny.sample(nn.Linear(8, 4), tiny.normal(rows, 8)).capture()
+    data = [((tiny.normal(rows, 8, seed=index),), {}) for index in range(10)]
+    found = enough_batches(program, data, asked)
+    assert [args[0] is data[index][0][0] for index, (args, _) in enumerate(found)] == [True] * taken
+    assert len(enough_batches(program, data[:2], asked)) == min(taken, 2)
 
 
 def test_losses_by_the_users_metric() -> None:
