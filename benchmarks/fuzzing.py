@@ -120,11 +120,12 @@ def child(options: argparse.Namespace) -> None:
             keep(options.findings, parser.name, data, wrong)
 
     def result() -> str:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        used = resource.getrusage(resource.RUSAGE_SELF)
         return json.dumps({
             "parser": parser.name, "engine": options.engine, **counts,
             "seconds": round(time.monotonic() - started, 1),
-            "slowest_s": round(slowest, 3), "peak_rss_mb": round(peak / 1e6),
+            "processor_seconds": round(used.ru_utime + used.ru_stime, 1),
+            "slowest_s": round(slowest, 3), "peak_rss_mb": round(used.ru_maxrss / 1e3),
         })  # fmt: skip
 
     if options.engine == "atheris":

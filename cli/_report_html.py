@@ -299,7 +299,7 @@ def _steps(report: Mapping[str, Any]) -> Html:
         sizes = [number(step.get(key)) for key in ("bytes_before", "bytes_after")]
         body.append([
             step["name"], step["numerics"],
-            {True: "changed", False: "unchanged"}.get(step.get("changed"), ""),
+            _whether_changed(step.get("changed")),
             seconds(took) if took is not None else "",
             *("" if size is None else disk_size(size) for size in sizes),
             str(len(step["skipped"])),
@@ -312,6 +312,10 @@ def _steps(report: Mapping[str, Any]) -> Html:
         told = _table(["pass", "site", "reason"], skips[:_SKIPS_TOLD])
         parts.append(tag("details", tag("summary", caption), told))
     return tag("section", *parts)
+
+
+def _whether_changed(said: Any) -> str:
+    return "changed" if said is True else "unchanged" if said is False else ""
 
 
 def _coverage(report: Mapping[str, Any]) -> Html:

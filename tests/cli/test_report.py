@@ -181,3 +181,13 @@ def test_errors_of_report(mopt: Call, place: Path) -> None:
     made.write_artifact(place / "b", huge)
     done = mopt("report", "b")
     assert done.code == 2 and "error[malformed-report]" in done.err
+    untimed = made.report(baseline=made.side(3, None))
+    made.write_artifact(place / "c", untimed)
+    assert "baseline.latency_ms.measured is missing" in mopt("report", "c").err
+
+
+def test_a_step_that_says_nonsense_is_shown_without_it(tmp_path: Path) -> None:
+    report = made.report()
+    report["steps"][0]["changed"] = ["changed"]
+    page = render(made.write_artifact(tmp_path / "a", report), "html")
+    assert "quantize-dynamic" in page and "<td>changed</td>" not in page
