@@ -127,6 +127,11 @@ def _attention() -> Iterator[Entry]:
         "flash-attention prefill",
         lambda run: flash_attention.call(run, prefill, q, k, k, causal=True),
     )
+    padding = empty(2, 1, 1, 2048, dtype=torch.bool)
+    yield Entry(
+        "flash-attention padding mask",
+        lambda run: flash_attention.call(run, prefill, q, k, k, mask=padding),
+    )
     one, decode = empty(2, 32, 1, 128), tile(4, 3, BM=16, BN=64, SPLIT=8)
     yield Entry("flash-attention decode", lambda run: flash_attention.call(run, decode, one, k, k))
     scale = empty(2, 8, 2048, dtype=torch.float32)

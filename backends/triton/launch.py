@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 # Sizes of these names change from run to run or layer to layer: nothing is assumed about them.
-FREE = frozenset(
-    {"rows", "keys", "queries", "units", "share", "groups", "parts", "seed", "row_step", "offset"}
-)
+FREE = frozenset({
+    "rows", "keys", "queries", "units", "share", "groups", "parts", "seed", "row_step", "offset",
+    "m_batch", "m_head", "m_token",
+})  # fmt: skip
 ALIGNMENT = 16
 TYPE_NAMES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8",

@@ -1,9 +1,10 @@
-"""Attention without scores in memory: grouped queries, causal and sliding masks, 8-bit caches.
+"""Attention without scores in memory: grouped queries, masks, 8-bit caches.
 
 The queries of all heads that share a head of keys are the rows of one block, so that prefill and
 decoding are one kernel. For a few queries the keys are split over the chip; a second kernel joins
 the parts. Keys and values may be int8 or e4m3 with a scale for every token and head: the key's
-multiplies a column of scores, the value's a column of weights.
+multiplies a column of scores, the value's a column of weights. Causal and sliding masks are known
+by their numbers, and blocks of keys outside them are not read; any other is read as a tensor.
 """
 
 from __future__ import annotations
@@ -31,13 +32,17 @@ def _stored(raw, KIND: tl.constexpr, CT: tl.constexpr):
         return raw.to(CT)
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "share", "offset"])
+@triton.jit(
+    do_not_specialize=["queries", "keys", "share", "offset", "m_batch", "m_head", "m_token"]
+)
 def flash_attention(
-    q, k, v, k_scale, v_scale, out, lse, scale,
+    q, k, v, k_scale, v_scale, mask, out, lse, scale,
     heads, group, queries, keys, width, offset, window, share,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, s_batch, s_head,
+    m_batch, m_head, m_token,
     KIND: tl.constexpr, CT: tl.constexpr, CAUSAL: tl.constexpr, SLIDING: tl.constexpr,
-    EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, ARCH: tl.constexpr,
+    MASK: tl.constexpr, SAME: tl.constexpr, EVEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     """Some query rows of one head of keys, over a share of the keys."""
     pair = tl.program_id(1)
@@ -51,13 +56,16 @@ def flash_attention(
     q_at = head * group + index % group
     d = tl.arange(0, D)
     inside = d < width
-    mask = keep[:, None]
+    wanted = keep[:, None]
     if not EVEN:
-        mask = mask & inside[None, :]
+        wanted = wanted & inside[None, :]
     query = tl.load(
         q + batch * q_batch + q_at[:, None] * q_head + token[:, None].to(tl.int64) * q_token
-        + d[None, :], mask=mask, other=0.0,
+        + d[None, :], mask=wanted, other=0.0,
     )  # fmt: skip
+    m_base = batch * m_batch
+    if not SAME:
+        m_base += q_at * m_head + token.to(tl.int64) * m_token
     query = (query.to(tl.float32) * scale).to(CT)
     position = token + offset
     first = part * share
@@ -90,6 +98,16 @@ def flash_attention(
             seen = seen & (key[None, :] <= position[:, None])
         if SLIDING:
             seen = seen & (key[None, :] > position[:, None] - window)
+        if MASK != "none":
+            if SAME:
+                read = tl.load(mask + m_base + key, mask=valid, other=0)[None, :]
+            else:
+                read = tl.load(mask + m_base[:, None] + key[None, :], mask=seen, other=0)
+            if MASK == "bool":
+                seen = seen & (read != 0)
+            else:
+                # Scores are exponents of two: the factor is log2 of e.
+                score += read.to(tl.float32) * 1.4426950408889634
         score = tl.where(seen, score, float("-inf"))
         most = tl.maximum(best, tl.max(score, axis=1))
         # A row that has seen nothing yet has no maximum to subtract.
@@ -115,8 +133,8 @@ def flash_attention(
         (part * tl.num_programs(1) + pair).to(tl.int64) * group + index % group
     ) * queries + token
     tl.store(lse + line, level, mask=keep)
-    mask = keep[:, None] & inside[None, :]
-    tl.store(out + line[:, None] * width + d[None, :], acc.to(out.dtype.element_ty), mask=mask)
+    wanted = keep[:, None] & inside[None, :]
+    tl.store(out + line[:, None] * width + d[None, :], acc.to(out.dtype.element_ty), mask=wanted)
 
 
 @triton.jit(do_not_specialize=["rows", "parts"])
@@ -146,14 +164,16 @@ def join_attention(
 def call(
     run: Runner, config: Tile, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False,
     window: int | None = None, scale: float | None = None, offset: int | None = None,
-    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None, mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(outputs (batch, heads, queries, width), log2 of each row's sum of weights, fp32).
 
     ``k`` and ``v`` (batch, key heads, keys, width) may be views whose last axis is contiguous;
     int8, or e4m3 given as uint8, with fp32 scales (batch, key heads, keys). Causal masks let query
     ``i`` see keys up to ``i + offset``, where it is not given so that the last sees all. A row that
-    sees no key is 0.
+    sees no key is 0. ``mask`` is what ``scaled_dot_product_attention`` takes: True where a key is
+    seen, or what is added to a score; its sizes are those of the scores or 1. One that is the same
+    for all queries and heads, as for padding, is read once for a block.
     """
     batch, q_heads, queries, width = q.shape
     heads, keys = k.shape[1], k.shape[2]
@@ -173,22 +193,31 @@ def call(
     block = max(16, next_power_of_2(width))
     factor = (width**-0.5 if scale is None else scale) * _LOG2_E
     scales = lse if k_scale is None else k_scale
+    seen, m_strides, kind_of_mask = lse, (0, 0, 0), mask_kind(mask)
+    if mask is not None:
+        wide = mask.expand(batch, q_heads, queries, keys)
+        wide = wide if wide.stride(3) == 1 else wide.contiguous()
+        m_strides = wide.stride()[:3]
+        seen = wide.view(torch.uint8) if wide.dtype == torch.bool else wide
     run(
         Launch(
             flash_attention, (-(-queries * group // config["BM"]), batch * heads, parts),
             {
                 "q": q, "k": k, "v": v, "k_scale": scales,
-                "v_scale": lse if v_scale is None else v_scale, "out": made, "lse": levels,
-                "scale": float(factor), "heads": heads, "group": group, "queries": queries,
+                "v_scale": lse if v_scale is None else v_scale, "mask": seen,
+                "out": made, "lse": levels, "scale": float(factor),
+                "heads": heads, "group": group, "queries": queries,
                 "keys": keys, "width": width, "window": window or 0, "share": share,
                 "offset": keys - queries if offset is None else offset,
                 "q_batch": q.stride(0), "q_head": q.stride(1), "q_token": q.stride(2),
                 "k_batch": k.stride(0), "k_head": k.stride(1), "k_token": k.stride(2),
                 "v_batch": v.stride(0), "v_head": v.stride(1), "v_token": v.stride(2),
                 "s_batch": scales.stride(0), "s_head": scales.stride(1),
+                "m_batch": m_strides[0], "m_head": m_strides[1], "m_token": m_strides[2],
             },
             {"KIND": kind, "CT": compute_type(q.dtype), "CAUSAL": causal,
-             "SLIDING": window is not None, "EVEN": block == width,
+             "SLIDING": window is not None, "MASK": kind_of_mask[0], "SAME": kind_of_mask[1],
+             "EVEN": block == width,
              "BM": config["BM"], "BN": config["BN"], "D": block},
             ("out", "lse"), config.warps, config.stages,
         )
@@ -205,9 +234,17 @@ def call(
     return out, lse
 
 
+def mask_kind(mask: Tensor | None) -> tuple[str, bool]:
+    """What the kernel does with a mask ("none", "bool" or "float"), and if queries share it."""
+    if mask is None:
+        return "none", False
+    kind = "bool" if mask.dtype == torch.bool else "float"
+    return kind, all(size == 1 for size in mask.shape[-3:-1])
+
+
 def reference(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: int | None = None,
-    scale: float | None = None,
+    scale: float | None = None, mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The same with scores in memory."""
     group, queries, keys = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
@@ -219,6 +256,10 @@ def reference(
         seen &= torch.arange(keys)[None] <= position
     if window is not None:
         seen &= torch.arange(keys)[None] > position - window
+    if mask is not None and mask.dtype == torch.bool:
+        seen = seen & mask
+    elif mask is not None:
+        score = score + mask
     weight = torch.softmax(score.masked_fill(~seen, -math.inf), -1).nan_to_num(0.0)
     return weight @ wide_v
 
@@ -227,8 +268,11 @@ def legal(config: Tile, problem: Problem) -> str | None:
     """Why a tile cannot compute a problem, or None."""
     if problem["width"] > 256:
         return f"heads of {problem['width']} values do not fit registers, at most 256"
-    if problem["width"] > 128 and config["BM"] * config["BN"] > 64 * 64:
-        return "heads of more than 128 values leave room for tiles of 64 x 64"
+    if config["BM"] * config["BN"] > 64 * 64:
+        if problem["width"] > 128:
+            return "heads of more than 128 values leave room for tiles of 64 x 64"
+        if str(dict(problem.facts).get("masked")).startswith("scores"):
+            return "a mask of every score leaves room for tiles of 64 x 64"
     return None
 
 

@@ -14,6 +14,7 @@ from mopt.backends.triton.catalogue import Entry, catalogue, empty, empty_weight
 from mopt.backends.triton.kernels import linear_codes
 from mopt.backends.triton.launch import Launch, Recorder, Tile, tile
 from mopt.backends.triton.layers import table_key
+from mopt.backends.triton.lowerings._masks import Band
 from mopt.backends.triton.lowerings.attention import Attention
 from mopt.backends.triton.lowerings.linear_codes import LINEAR_CODES, CodesLinear
 from mopt.backends.triton.tiles import chip_of, choose, ranked, seconds
@@ -166,6 +167,6 @@ def test_a_binary_from_the_cache_is_the_one_that_was_compiled(
 
 
 def test_a_problem_finds_the_tile_of_its_rows_however_the_sizes_follow() -> None:
-    attention = Attention(heads=2, group=4, width=64, causal=True, scale=None, batch=3)
+    attention = Attention(heads=2, group=4, width=64, band=Band(True), scale=None, batch=3)
     keys = {table_key(attention.problem(rows, torch.bfloat16)) for rows in (1, 16, 64, 4096)}
     assert len(keys) == 1

@@ -23,7 +23,7 @@ def attend(*args: torch.Tensor, split: int = 1, **options: object) -> torch.Tens
     return flash_attention.call(run_interpreted, config, *args, **options)[0]
 
 
-@settings(max_examples=12)
+@settings(max_examples=16)
 @given(
     queries=st.sampled_from((1, 5, 20)),
     keys=st.sampled_from((1, 17, 40)),
@@ -33,16 +33,21 @@ def attend(*args: torch.Tensor, split: int = 1, **options: object) -> torch.Tens
     window=st.sampled_from((None, 1, 7)),
     split=st.sampled_from((1, 3)),
     dtype=st.sampled_from((torch.float32, torch.float16, torch.bfloat16)),
+    masked=st.sampled_from(("none", "bool", "float")),
 )
 def test_attention_with_every_mask(
     queries: int, keys: int, group: int, width: int, causal: bool, window: int | None, split: int,
-    dtype: torch.dtype,
+    dtype: torch.dtype, masked: str,
 ) -> None:  # fmt: skip
+    given_mask = {
+        "none": None, "bool": torch.rand(1, 1, queries, keys) > 0.4,
+        "float": torch.randn(1, 2 * group, 1, keys).to(dtype),
+    }[masked]  # fmt: skip
     q = torch.randn(1, 2 * group, queries, width).to(dtype)
     k, v = (torch.randn(1, 2, keys, width).to(dtype) for _ in range(2))
-    found = attend(q, k, v, causal=causal, window=window, split=split)
+    found = attend(q, k, v, causal=causal, window=window, split=split, mask=given_mask)
     wanted = flash_attention.reference(
-        q.double(), k.double(), v.double(), causal=causal, window=window
+        q.double(), k.double(), v.double(), causal=causal, window=window, mask=given_mask
     )
     limit = {torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 2e-2}[dtype]
     assert found.dtype == dtype

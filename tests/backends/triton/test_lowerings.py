@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import mopt
 from mopt.backends.triton.interpreter import run_interpreted
 from mopt.backends.triton.layers import KernelLayer
+from mopt.backends.triton.lowerings._masks import Band, band_of
 from mopt.backends.triton.plan import check
 from mopt.backends.triton.rewrite import Left, all_lowerings, find_sites, kernels, replace
 from mopt.backends.triton.runtime import FallbackTiles
@@ -125,10 +126,67 @@ def test_attention_means_what_pytorch_means(options: dict, shapes: tuple) -> Non
     assert agree(program, q, k, k + 1, limit=5e-6) == {"flash-attention": 1}
 
 
+def ahead(offset: int, window: int | None = None) -> torch.Tensor:
+    """Which of 9 keys 5 queries see whose first one stands at ``offset``."""
+    far = torch.arange(9)[None] - torch.arange(5)[:, None] - offset
+    return (far <= 0) & (True if window is None else far > -window)
+
+
+@pytest.mark.parametrize(
+    ("mask", "band"),
+    [
+        (ahead(4), Band(True, 4)),
+        (ahead(4, 3)[None, None].expand(2, 4, 5, 9), Band(True, 4, 3)),
+        (torch.where(ahead(0, 2), 0.0, -torch.inf), Band(True, 0, 2)),
+        (torch.where(ahead(2), 0.0, torch.finfo(torch.float32).min), Band(True, 2)),
+        (torch.ones(5, 9, dtype=torch.bool), Band()),
+        (~ahead(1), None),
+        (torch.where(ahead(0), 0.5, -torch.inf), None),
+        (torch.cat((ahead(4)[:4], ahead(4)[:1])), None),
+        (torch.stack((ahead(4), ahead(3)))[:, None], None),
+        (torch.arange(9)[None, None] < torch.tensor([[[9]], [[4]]])[:, None], None),
+    ],
+)
+def test_stored_masks_become_numbers_where_they_are_bands(
+    mask: torch.Tensor, band: Band | None
+) -> None:
+    q, k = heads(4, 5), heads(2, 9)
+    assert band_of(mask, 5, 9) == band
+    program = mopt.capture(Stored(mask).eval(), (q, k, k + 1))
+    assert agree(program, q, k, k + 1, limit=5e-6) == {"flash-attention": 1}
+    (site,) = find_sites(program.copy().graph_module)[0]
+    assert len(site.inputs) == (4 if band is None else 3)
+    assert check(site, site.make(0), FallbackTiles({})) < 1e-5
+
+
+class Stored(nn.Module):
+    """Attention with grouped queries and a mask that the model holds."""
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masks_of_padding_are_read_as_they_come(dtype: torch.dtype) -> None:
+    class Padded(nn.Module):
+        def forward(self, x: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+            seen = real.bool()[:, None, None, :].expand(-1, -1, x.shape[2], -1)
+            return F.scaled_dot_product_attention(x, x, x, attn_mask=seen)
+
+    x, real = heads(3, 7).to(dtype), torch.ones(2, 7, dtype=torch.int64)
+    real[1, 4:] = 0
+    limit = 5e-6 if dtype == torch.float32 else 2e-2
+    found = agree(mopt.capture(Padded().eval(), (x, real)), x, real, limit=limit)
+    assert found == {"flash-attention": 1}
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda q: (Attend(attn_mask=torch.ones(5, 5).bool()), (q, q, q)), "a mask of its own"),
         (lambda q: (Attend(), (q.double(),) * 3), "queries in torch.float64"),
         (lambda q: (Attend(), (q, q, q[..., :8])), "heads of keys and values differ"),
         (lambda q: (Attend(), (heads(1, 2, 300),) * 3), "heads of 300 values"),
