@@ -207,3 +207,34 @@ def test_codes_that_are_widened_and_transposed_are_stored_transposed() -> None:
     (codes,) = [value for name, value in result.model.graph.initializers.items() if "codes" in name]
     assert tuple(codes.shape or ()) == (7, 5)
     assert result.error(*inputs) < TOLERANCE
+
+
+class Static(nn.Module):
+    """A linear layer between decoded 8-bit values and weights, as quantize-static writes it."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.register_buffer("step", torch.tensor(0.03))
+        self.register_buffer("zero", torch.tensor(120, dtype=torch.uint8))
+        self.register_buffer("codes", torch.randint(-127, 128, (8, 24), dtype=torch.int8))
+        self.register_buffer("steps", torch.rand(8) * 0.01 + 0.001)
+        self.register_buffer("zeros", torch.zeros(8, dtype=torch.int8))
+        self.register_buffer("bias", torch.randn(8) if bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes = torch.ops.mopt.quantize(x, self.step, self.zero, 0)
+        value = torch.ops.mopt.dequantize(codes, self.step, self.zero, 0)
+        weight = torch.ops.mopt.dequantize(self.codes, self.steps, self.zeros, 0)
+        return F.linear(value, weight, self.bias)
+
+
+@pytest.mark.parametrize("shapes", [None, SHAPES], ids=["fixed sizes", "dynamic sizes"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_static_int8_layers_stay_integer_products(bias: bool, shapes: object) -> None:
+    # With sizes known, ONNX Runtime makes a float Gemm of a product with a float bias.
+    result = export(Static(bias), (torch.randn(2, 6, 24),), shapes)
+    kernels = result.kernels()
+    assert kernels["MatMulIntegerToFloat"] == 1
+    assert not {"Gemm", "MatMul", "Add", "DequantizeLinear"} & set(kernels)
+    assert result.error(torch.randn(2, 6, 24)) < TOLERANCE
