@@ -83,7 +83,7 @@ class Corrections:
                     factor = min(max(saved / hoped, _SAVINGS[0]), _SAVINGS[1])
                     if seen.is_slower:
                         factor = min(factor, -0.1)
-                    savings.update(dict.fromkeys(seen.formats.values(), factor))
+                    savings.update(dict.fromkeys(_blamed(seen, factor), factor))
         return Corrections(loss, size, memory, energy, savings, speed)
 
     def latency(self, option: Option, original: Option) -> float:
@@ -95,6 +95,12 @@ class Corrections:
         """What the time saved by an option is to be multiplied with."""
         names = set(option.formats.values())
         return min((self.savings.get(name, 1.0) for name in names), default=1.0)
+
+
+def _blamed(seen: Observation, factor: float) -> set[str]:
+    """The formats a missed time is due to; where time was lost, those of layers that lost it."""
+    slow = {name for path, name in seen.formats.items() if path in seen.slower_layers}
+    return slow if slow and factor < 0 else set(seen.formats.values())
 
 
 @dataclass(frozen=True)
