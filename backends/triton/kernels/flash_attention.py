@@ -302,5 +302,6 @@ def space(problem: Problem) -> list[Tile]:
             tile(4, s, BM=16, BN=bn, SPLIT=split)
             for bn, s in ((64, 3), (128, 2), (64, 4)) for split in (32, 16, 8, 4, 1)
         ]  # fmt: skip
-    shapes = ((128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (128, 64, 8, 2), (64, 32, 4, 2))
+    shapes = ((128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (128, 64, 8, 2), (64, 32, 4, 2),
+              (64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 4, 2))  # fmt: skip
     return [tile(w, s, BM=m, BN=n, SPLIT=1) for m, n, w, s in shapes]

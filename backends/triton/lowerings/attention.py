@@ -63,8 +63,8 @@ class Attention(KernelLayer):
             self.kernel.name, batch=self.batch, heads=self.heads, group=self.group,
             width=self.width, outputs=self.heads * self.group * self.width,
             causal=self.band.causal, sliding=self.band.window is not None,
-            masked=_masked(self.mask), units=max(1, keys // 64), keys=keys, keysize=dtype.itemsize, itemsize=dtype.itemsize,
-            rows=rows,
+            masked=_masked(self.mask), units=max(1, keys // 64), keys=keys,
+            keysize=dtype.itemsize, itemsize=dtype.itemsize, rows=rows,
         )  # fmt: skip
 
     def example(self, rows: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
