@@ -46,8 +46,8 @@ def _widened(graph: ir.Graph, first: ir.Node) -> ir.Value:
     bits, block = (first.attributes[name].as_int() for name in ("bits", "block_size"))
     columns, rows = (first.attributes[name].as_int() for name in ("K", "N"))
     middle = 2 ** (bits - 1)
-    values = _unpacked(_array(codes), bits).reshape(rows, -1, block).astype(np.int16) - middle
-    nodes, integers = _integers(graph, codes, values.transpose(1, 2, 0), bits)
+    values = _in_order_of_use(_array(codes).reshape(rows, -1), bits).reshape(-1, block, rows)
+    nodes, integers = _integers(graph, codes, values, bits)
     steps = _array(scales).reshape(rows, -1)
     if (steps == steps[:, :1]).all() and zero_points is None:
         steps = steps[:, :1]
@@ -61,7 +61,7 @@ def _widened(graph: ir.Graph, first: ir.Node) -> ir.Value:
     nodes.append(ir.node("Mul", [nodes[-1].outputs[0], factor]))
     shape = _store(graph, codes, "shape", np.array([-1, rows], np.int64), ir.DataType.INT64)
     nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], shape]))
-    if values.shape[1] * block != columns:
+    if values.shape[0] * block != columns:
         ends = [
             _store(graph, codes, name, np.array([value], np.int64), ir.DataType.INT64)
             for name, value in (("start", 0), ("end", columns), ("axis", 0))
@@ -77,7 +77,7 @@ def _integers(
     """Nodes that give signed codes (blocks, block, N) back, and their result."""
     if bits in _TYPES:
         kind, dtype = _TYPES[bits]
-        return [], _store(graph, codes, "codes", values.astype(dtype), kind)
+        return [], _store(graph, codes, "codes", values.view(dtype), kind)
     blocks, block, rows = values.shape
     quarters = (values + 2).astype(np.uint8).reshape(blocks, block // 4, 4, rows)
     shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
@@ -124,6 +124,20 @@ def _unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     codes = (packed[..., None] >> shifts) & np.uint8(2**bits - 1)
     return codes.reshape(*packed.shape[:-1], -1)
+
+
+def _in_order_of_use(packed: np.ndarray, bits: int) -> np.ndarray:
+    """Signed codes (columns, rows), int8, of bytes (rows, bytes a row).
+
+    Bytes are transposed, not codes: there are fewer of them.
+    """
+    by_column = np.ascontiguousarray(packed.T)
+    codes = np.empty((len(by_column), 8 // bits, packed.shape[0]), np.uint8)
+    for part in range(8 // bits):
+        np.right_shift(by_column, np.uint8(part * bits), out=codes[:, part])
+    codes &= np.uint8(2**bits - 1)
+    codes -= np.uint8(2 ** (bits - 1))
+    return codes.view(np.int8).reshape(-1, packed.shape[0])
 
 
 def _store(
