@@ -232,7 +232,8 @@ class _Maker:
             return _weights_alone(self.base)
         if self.allowance.fits(_LOWERED_TIMES * whole):
             artifact = lower(self.base, self.backend, target=self.target)
-            check_parity(self.base, artifact, self.program)
+            with artifact.load(apart=True) as loaded:
+                check_parity(self.base, loaded, self.program)
             return artifact
         self.allowance.say(
             f"the uncompressed model ({whole / 1e9:.2f} GB) was not built beside the result, for "
@@ -280,15 +281,16 @@ class _Maker:
         artifact.manifest["recipe"] = self.recipe.to_toml(full=True)
         artifact.manifest["seed"] = self.context.seed
         once = self.settings.uncompressed_beside and not self.baseline_artifact.manifest["parts"]
-        parity = check_parity(result, artifact, self.program, sizes=1 if once else 2)
-        store_sample(result, artifact)
-        sizes = "one input size" if parity.sizes == 1 else f"{parity.sizes} input sizes"
-        progress.end(f"{self.backend}, checked at {sizes}")
-        progress.stage("Checking", "quality")
-        batches = list(islice(data, QUALITY_BATCHES)) if data is not None else []
-        quality = measure_quality(
-            self.program, artifact, self.evaluate, batches, progress, self._quality
-        )
+        with artifact.load(apart=True) as loaded:
+            parity = check_parity(result, loaded, self.program, sizes=1 if once else 2)
+            store_sample(result, artifact)
+            sizes = "one input size" if parity.sizes == 1 else f"{parity.sizes} input sizes"
+            progress.end(f"{self.backend}, checked at {sizes}")
+            progress.stage("Checking", "quality")
+            batches = list(islice(data, QUALITY_BATCHES)) if data is not None else []
+            quality = measure_quality(
+                self.program, loaded, self.evaluate, batches, progress, self._quality
+            )
         self._quality = quality
         batch_word = "batch" if quality.batches == 1 else "batches"
         metric_word = f", {quality.result.name}" if quality.result else ""

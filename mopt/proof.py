@@ -49,9 +49,7 @@ class Parity:
         return {**self.drift.as_json(), "sizes_checked": self.sizes}
 
 
-def check_parity(
-    program: Program, artifact: Artifact, captured: Program, *, sizes: int = 2
-) -> Parity:
+def check_parity(program: Program, loaded: Loaded, captured: Program, *, sizes: int = 2) -> Parity:
     """Compare the lowered model with its program on the sample inputs, and at a second size.
 
     ``sizes`` 1 leaves the second out. ``captured`` is the program before compression, which tells
@@ -59,26 +57,22 @@ def check_parity(
     Raises LoweringError when it computes something else.
     """
     meter, checked = DriftMeter(), 0
-    loaded = artifact.load(apart=True)
-    try:
-        for inputs in islice(_parity_inputs(program), sizes):
-            args, kwargs = inputs
-            expected = _tensors(program.run(*args, **kwargs))
-            try:
-                found = _tensors(loaded(*args, **kwargs))
-            except MoptError:
-                raise
-            except Exception as error:  # a runtime may raise anything
-                shapes = [tuple(t.shape) for t in _tensors((args, kwargs))]
-                raise LoweringError(
-                    f"the lowered model fails on inputs of shapes {shapes}: {error}",
-                    code="lowered-fails",
-                ) from error
-            _check_close(program, expected, found, partial(_outputs, captured, args, kwargs))
-            meter.add(expected, found)
-            checked += 1
-    finally:
-        loaded.close()
+    for inputs in islice(_parity_inputs(program), sizes):
+        args, kwargs = inputs
+        expected = _tensors(program.run(*args, **kwargs))
+        try:
+            found = _tensors(loaded(*args, **kwargs))
+        except MoptError:
+            raise
+        except Exception as error:  # a runtime may raise anything
+            shapes = [tuple(t.shape) for t in _tensors((args, kwargs))]
+            raise LoweringError(
+                f"the lowered model fails on inputs of shapes {shapes}: {error}",
+                code="lowered-fails",
+            ) from error
+        _check_close(program, expected, found, partial(_outputs, captured, args, kwargs))
+        meter.add(expected, found)
+        checked += 1
     return Parity(meter.result(), checked)
 
 
@@ -184,28 +178,27 @@ class Quality:
 
 def measure_quality(
     program: Program,
-    artifact: Artifact,
+    loaded: Loaded,
     evaluate: Callable[..., Any] | None,
     batches: list[tuple[tuple[Any, ...], dict[str, Any]]],
     progress: Progress,
     known: Quality | None = None,
 ) -> Quality:
-    """The user's metric for the captured program and the artifact, and the output drift.
+    """The user's metric for the captured program and its lowered form, and the output drift.
 
     ``known`` is what was found of another artifact of the same program, whose metric it has.
     """
     meter = DriftMeter()
     some = batches or [(program.args, program.kwargs)]
-    with artifact.load(apart=True) as loaded:
-        for index, (args, kwargs) in enumerate(some):
-            progress.step(index, len(some), "batches")
-            meter.add(_tensors(program.run(*args, **kwargs)), _tensors(loaded(*args, **kwargs)))
-        before = after = None
-        if evaluate is not None:
-            progress.step(0, 2, "evaluations of the metric")
-            before = known.baseline if known else evaluate_metric(evaluate, program.run)
-            progress.step(1, 2, "evaluations of the metric")
-            after = evaluate_metric(evaluate, _as_callable(loaded))
+    for index, (args, kwargs) in enumerate(some):
+        progress.step(index, len(some), "batches")
+        meter.add(_tensors(program.run(*args, **kwargs)), _tensors(loaded(*args, **kwargs)))
+    before = after = None
+    if evaluate is not None:
+        progress.step(0, 2, "evaluations of the metric")
+        before = known.baseline if known else evaluate_metric(evaluate, program.run)
+        progress.step(1, 2, "evaluations of the metric")
+        after = evaluate_metric(evaluate, _as_callable(loaded))
     return Quality(before, after, meter.result(), len(some))
 
 
