@@ -106,7 +106,7 @@ def verdict_line(found: Sequence[Checked], fail_on: str) -> str:
     """One line: how many rows failed."""
     failed = sum(model.failed(fail_on) for model in found)
     total = sum(len(model.rows) + bool(model.error) for model in found)
-    took = f"{sum(model.seconds for model in found):.0f} s"
+    took = f"{sum(model.seconds for model in found):.0f} s of work"
     if failed:
         bad = sum(bool(model.failed(fail_on)) for model in found)
         return f"{failed} of {plural(total, 'row')} failed in {bad} of " \

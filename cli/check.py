@@ -31,7 +31,8 @@ from mopt.cli._check_output import Checked
 from mopt.cli._command import Command, option
 from mopt.cli._output import Output
 from mopt.cli._progress import ConsoleProgress
-from mopt.errors import BudgetNotMet, InputError, MoptError, unknown_name
+from mopt.cli._smoke_children import check_in_children, usual_jobs
+from mopt.errors import BudgetNotMet, InputError, MoptError, UsageError, unknown_name
 from mopt.gate import baseline_data, changed_formats, compare, entry_of, read_baseline, updated
 from mopt.gate_config import NAME, GateConfig, GateModel, read_config
 
@@ -44,7 +45,14 @@ if TYPE_CHECKING:
 @option("--config", default=NAME, show_default=True, metavar="FILE", help="What to compile.")
 @click.option("--baseline", metavar="FILE", help="The numbers to compare with.")
 @click.option("--update-baseline", is_flag=True, help="Write the present numbers, and pass.")
-@click.option("--smoke", is_flag=True, help="Two of each repeated block, nothing is measured.")
+@click.option("--smoke", is_flag=True, help="Every model made small, nothing is measured.")
+@click.option(
+    "-j",
+    "--jobs",
+    type=click.IntRange(1, 64),
+    metavar="N",
+    help="With --smoke: models at a time; otherwise as many as cores, up to 4.",
+)
 @click.option("--measure/--no-measure", default=True, help="Whether to time the models.")
 @click.option("--junit", metavar="FILE", help="Write JUnit XML.")
 @click.option("--markdown", metavar="FILE", help="Write the summary as Markdown.")
@@ -58,7 +66,14 @@ def command(out: Output, models: tuple[str, ...], **options: Any) -> None:
     base = _read(path, required=options["baseline"] is not None and not options["update_baseline"])
     outputs = {key: Path(options[key]).absolute() if options[key] else None
                for key in ("junit", "markdown", "output")}  # fmt: skip
-    found, entries = [], dict(base)
+    found: list[Checked] = []
+    entries = dict(base)
+    jobs = _jobs(options, len(chosen))
+    if jobs > 1:
+        names = [model.name for model in chosen]
+        where = Path(options["config"]).absolute()
+        found = check_in_children(names, where, outputs["output"], jobs)
+        chosen = []  # nothing is left to be done here
     with chdir(config.folder):
         for model in chosen:
             checked, entry = _check(out, model, base.get(model.name), options, outputs["output"])
@@ -66,9 +81,9 @@ def command(out: Output, models: tuple[str, ...], **options: Any) -> None:
             if entry is not None:
                 entries[model.name] = updated(base.get(model.name), entry, checked.rows)
     if not models and not options["smoke"]:
-        names = {model.name for model in config.models}
-        gone = sorted(set(base) - names)
-        entries = {name: entry for name, entry in entries.items() if name in names}
+        known = {model.name for model in config.models}
+        gone = sorted(set(base) - known)
+        entries = {name: entry for name, entry in entries.items() if name in known}
         if not options["update_baseline"]:
             found += [Checked(n, error=f"in the baseline but not in {NAME}") for n in gone]
     _write(out, found, config.fail_on, outputs)
@@ -92,6 +107,17 @@ def _chosen(config: GateConfig, names: tuple[str, ...]) -> list[GateModel]:
         if name not in known:
             raise unknown_name("gate model", name, known, "mopt check --help")
     return [known[name] for name in names] if names else list(config.models)
+
+
+def _jobs(options: dict[str, Any], models: int) -> int:
+    """How many models are compiled at a time: measuring takes the whole machine for one."""
+    if options["smoke"]:
+        return min(options["jobs"] or usual_jobs(), models)
+    if options["jobs"] is not None:
+        raise UsageError(
+            "--jobs is for --smoke: models that are measured take turns", code="jobs-without-smoke"
+        )
+    return 1
 
 
 def _read(path: Path, *, required: bool) -> dict[str, dict[str, Any]]:
