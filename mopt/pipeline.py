@@ -24,6 +24,7 @@ from mopt.hashes import tensor_hash
 from mopt.pass_base import Numerics, Pass, PassContext, PassResult, Skip
 from mopt.program import Program, site_of
 from mopt.quality import Drift, drift
+from mopt.verdicts import check_key, recall
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,11 @@ class Pipeline:
         ctx = context or PassContext()
         count = len(self.passes)
         ctx.progress.step(0, count, "passes, running the model before them")
-        before = {path: _outputs(part) for path, part in program.parts().items()}
+        before = {path: _Outputs(part) for path, part in program.parts().items()}
         captured = before
-        if reference is not None:
-            captured = {path: _outputs(part) for path, part in reference.parts().items()}
+        if reference is not None and reference.fingerprint() != program.fingerprint():
+            captured = {path: _Outputs(part) for path, part in reference.parts().items()}
+        moved: Drift | None = None
         current, unrounded = program, ctx.unrounded or program
         steps: list[Step] = list(program.steps)
         for index, one in enumerate(self.passes):
@@ -101,7 +103,9 @@ class Pipeline:
             lossless = current is unrounded and one.numerics is not Numerics.LOSSY
             try:
                 ctx.check_time(f"running {one.pass_name}")
-                current, before, step = _run_one(one, current, before, captured, given, checking)
+                current, before, step = _run_one(
+                    one, current, before, captured, given, checking, moved
+                )
             except LimitError as error:
                 has_some = any(s.changed and s.numerics == Numerics.LOSSY.value for s in steps)
                 if error.code != TIME_IS_UP or ctx.allowance is None or not has_some:
@@ -109,6 +113,7 @@ class Pipeline:
                 ctx.allowance.stop(error.message, one.pass_name)
                 break
             unrounded = current if lossless else unrounded
+            moved = step.drift
             steps.append(step)
             for watcher in self.watchers:
                 watcher(step)
@@ -117,26 +122,41 @@ class Pipeline:
         return result
 
 
+class _Outputs:
+    """The output tensors of a program on its sample inputs, computed when first asked for."""
+
+    def __init__(self, part: Program) -> None:
+        self.part = part
+        self._values: list[Any] | None = None
+
+    def __call__(self) -> list[Any]:
+        if self._values is None:
+            self._values = _outputs(self.part)
+        return self._values
+
+
 def _run_one(
     one: Pass,
     program: Program,
-    before: dict[str, list[Any]],
-    captured: dict[str, list[Any]],
+    before: dict[str, _Outputs],
+    captured: dict[str, _Outputs],
     ctx: PassContext,
     checking: Callable[[], None],
-) -> tuple[Program, dict[str, list[Any]], Step]:
+    moved: Drift | None,
+) -> tuple[Program, dict[str, _Outputs], Step]:
+    """``moved`` is the drift of ``before``, where it is known."""
     started = time.perf_counter()
     candidate = program.copy()
     results: list[PassResult] = []
-    after: dict[str, list[Any]] = {}
+    after: dict[str, _Outputs] = {}
     old_parts, changed = program.parts(), False
     for path, part in candidate.parts().items():
         result = _run_part(one, old_parts[path], part, ctx, checking)
         results.append(result)
         changed = changed or result.changed
-        after[path] = _outputs_after(one, part) if result.changed else before[path]
-        _check_numerics(one, old_parts[path], part, before[path], after[path])
-    pairs = [(captured[path], after[path]) for path in captured]
+        after[path] = _Outputs(part) if result.changed else before[path]
+    if changed or moved is None:
+        moved = _judge(one, before, after, captured, ctx)
     step = Step(
         name=one.pass_name,
         numerics=one.numerics.value,
@@ -149,9 +169,35 @@ def _run_one(
         flops_after=candidate.flops(),
         stats=_merge_stats(results),
         skipped=tuple(skip for result in results for skip in result.skipped),
-        drift=drift([t for ref, _ in pairs for t in ref], [t for _, new in pairs for t in new]),
+        drift=moved,
     )
     return candidate, after, step
+
+
+def _judge(
+    one: Pass, before: dict[str, _Outputs], after: dict[str, _Outputs],
+    captured: dict[str, _Outputs], ctx: PassContext,
+) -> Drift:  # fmt: skip
+    """Check what a pass claims of the outputs; how far they are from the captured ones now.
+
+    A check that was done before, on programs of the same content, is not done again.
+    """
+
+    def check() -> dict[str, Any]:
+        for path, new in after.items():
+            if new is not before[path]:
+                found = _outputs_after(one, new)
+                _check_numerics(one, before[path].part, new.part, before[path](), found)
+        pairs = [(captured[path](), after[path]()) for path in captured]
+        return drift([t for ref, _ in pairs for t in ref],
+                     [t for _, new in pairs for t in new]).as_json()  # fmt: skip
+
+    parts = [value.part for group in (before, after, captured) for value in group.values()]
+    key = None
+    if ctx.cache is not None:
+        inputs = [(part.args, part.kwargs) for part in parts]
+        key = check_key(parts, inputs, "pass", numerics=one.numerics.value, bound=one.tolerance)
+    return Drift.from_json(recall(ctx.cache, key, check))
 
 
 def _run_part(
@@ -212,9 +258,10 @@ def _outputs(part: Program) -> list[Any]:
     return [t for t in part.run_flat(*part.args, **part.kwargs) if isinstance(t, Tensor)]
 
 
-def _outputs_after(one: Pass, part: Program) -> list[Any]:
+def _outputs_after(one: Pass, outputs: _Outputs) -> list[Any]:
+    part = outputs.part
     try:
-        return _outputs(part)
+        return outputs()
     except (KeyboardInterrupt, MemoryError):
         raise
     except Exception as error:  # whatever an operator raises on its inputs
@@ -242,8 +289,6 @@ def _first_failing_node(part: Program) -> fx.Node | None:
 def _check_numerics(
     one: Pass, old: Program, new: Program, before: list[Tensor], after: list[Tensor]
 ) -> None:
-    if before is after:
-        return
     for expected, found in zip(before, after, strict=True):
         if expected.shape != found.shape or expected.dtype != found.dtype:
             raise PassError(

@@ -43,6 +43,12 @@ class Drift:
             "agreement": self.agreement,
         }
 
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Drift:
+        """The inverse of :meth:`as_json`; other keys are passed over."""
+        ratio = math.inf if data["sqnr_db"] is None else data["sqnr_db"]
+        return Drift(data["cosine"], ratio, data["max_abs"], data["relative"], data["agreement"])
+
 
 class DriftMeter:
     """Adds up drift over batches, in float64, without keeping outputs."""

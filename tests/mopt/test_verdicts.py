@@ -1,0 +1,114 @@
+"""Checks of programs are done once for the same content, and again for any other."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mopt.cache import Cache
+from mopt.errors import PassError
+from mopt.pass_base import Numerics, Pass, PassContext, PassResult, register_pass
+from mopt.pipeline import Pipeline, Step
+from mopt.program import Program, iter_calls
+from mopt.verdicts import check_key, recall
+from tests.tiny import normal, sample
+
+
+def layers(width: int = 8) -> Program:
+    """Two linear layers."""
+    return sample(nn.Sequential(nn.Linear(6, width), nn.Linear(width, 4)), normal(3, 6)).capture()
+
+
+@register_pass("nudge", numerics=Numerics.ROUNDING, tolerance=1e-2)
+@dataclass(frozen=True, kw_only=True)
+class Nudge(Pass):
+    """Multiply the first weight by a number."""
+
+    by: float = 1.001
+
+    def run(self, program: Program, ctx: PassContext) -> PassResult:
+        call = next(iter_calls(program, torch.ops.aten.linear.default))
+        old = call.args[1]
+        assert isinstance(old, torch.fx.Node)
+        new = program.add_weight("nudged", program.weight(old) * self.by, before=call)
+        call.replace_input_with(old, new)
+        return PassResult(changed=True)
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[Program]:
+    """The programs that were run on their sample inputs."""
+    found: list[Program] = []
+    plain = Program.run_flat
+
+    def noted(self: Program, *args: object, **kwargs: object) -> list[object]:
+        found.append(self)
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(Program, "run_flat", noted)
+    return found
+
+
+def step(folder: Path, program: Program, by: float = 1.001) -> Step:
+    """What a pipeline with one pass says of it, with a cache in ``folder``."""
+    ctx = PassContext(cache=Cache(folder, worth_seconds=0))
+    return Pipeline([Nudge(by=by)]).run(program, ctx).steps[-1]
+
+
+def test_a_second_run_checks_nothing_and_says_the_same(tmp_path: Path, runs: list[Program]) -> None:
+    first = step(tmp_path, layers())
+    assert len(runs) == 2 and first.drift is not None and first.drift.relative > 0
+    again = step(tmp_path, layers())
+    assert len(runs) == 2 and again.drift == first.drift
+    step(tmp_path, layers(9))  # another model
+    step(tmp_path, layers(), by=1.002)  # another result
+    assert len(runs) == 6
+
+
+def test_other_inputs_and_threads_are_another_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = layers()
+
+    def key(**more: object) -> object:
+        return check_key([program], [program.args], "pass", **more)
+
+    found = key()
+    assert found == key() and found != key(bound=1.0)
+    assert found != check_key([program], [(normal(3, 6, seed=9),)], "pass")
+    monkeypatch.setattr("torch.get_num_threads", lambda: 77)
+    assert found != key()
+
+
+def test_a_pass_that_breaks_its_promise_is_found_out_every_time(
+    tmp_path: Path, runs: list[Program]
+) -> None:
+    for _ in range(2):
+        with pytest.raises(PassError) as caught:
+            step(tmp_path, layers(), by=2.0)
+        assert caught.value.code == "numerics"
+    assert len(runs) == 4
+
+
+def test_operators_that_mopt_does_not_know_are_checked_every_time() -> None:
+    program = layers()
+    call = next(iter_calls(program, torch.ops.aten.linear.default))
+    call.target = torch.nn.functional.linear  # no operator with a name of its own
+    assert check_key([program], [], "pass") is None
+
+
+def test_what_is_no_data_is_not_kept(tmp_path: Path) -> None:
+    cache, seen = Cache(tmp_path, worth_seconds=0), []
+
+    def check() -> float:
+        seen.append(0)
+        return math.nan
+
+    for _ in range(2):
+        assert math.isnan(recall(cache, {"check": "x"}, check))
+    assert len(seen) == 2
