@@ -34,6 +34,24 @@ COMMAND = [sys.executable, "-c", "from mopt.cli.main import main; main()"]
 ABOUT_THE_RUN = {"report.json", "report.html", "log.txt"}
 
 
+def wide_layers() -> dict[str, Any]:
+    """Twelve layers of four million weights: rounding each takes long enough to enter the cache."""
+    import torch
+    from torch import nn
+
+    generator = torch.Generator().manual_seed(0)
+    layers: list[nn.Module] = []
+    for index in range(12):
+        inputs, outputs = (1024, 4096) if index % 2 == 0 else (4096, 1024)
+        layer = nn.Linear(inputs, outputs)
+        with torch.no_grad():
+            layer.weight.normal_(0, inputs**-0.5, generator=generator)
+            layer.bias.zero_()
+        layers += [layer, nn.ReLU()]
+    example = torch.randn(4, 1024, generator=generator)
+    return {"model": nn.Sequential(*layers), "example_inputs": (example,)}
+
+
 class Place:
     """A folder with a cache, outputs and temporary files of its own."""
 
@@ -334,8 +352,8 @@ def main() -> int:
     """Run the parts; 1 if one of them is not as it should be."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
-    parser.add_argument("--model", default="zoo:pydoc-gpt")
-    parser.add_argument("--recipe", default="int4-gptq")
+    parser.add_argument("--model", default=f"{Path(__file__).resolve()}:wide_layers")
+    parser.add_argument("--recipe", default="int4-weight")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", help="large: where the model lies, or is to be written")
