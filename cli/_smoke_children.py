@@ -66,7 +66,7 @@ def _run_all(
     started: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
     try:
         for share in shares:
-            output = tempfile.TemporaryFile()  # noqa: SIM115 (closed below)
+            output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed below)
             child = subprocess.Popen(
                 _command(share, config, keep), stdin=subprocess.DEVNULL, stdout=output, env=env,
                 start_new_session=True,
