@@ -233,7 +233,7 @@ class _Maker:
         if self.allowance.fits(_LOWERED_TIMES * whole):
             artifact = lower(self.base, self.backend, target=self.target)
             with artifact.load(apart=True) as loaded:
-                check_parity(self.base, loaded, self.program)
+                check_parity(self.base, loaded, self.program, cache=self.context.cache)
             return artifact
         self.allowance.say(
             f"the uncompressed model ({whole / 1e9:.2f} GB) was not built beside the result, for "
@@ -282,15 +282,18 @@ class _Maker:
         artifact.manifest["seed"] = self.context.seed
         once = self.settings.uncompressed_beside and not self.baseline_artifact.manifest["parts"]
         with artifact.load(apart=True) as loaded:
-            parity = check_parity(result, loaded, self.program, sizes=1 if once else 2)
+            parity = check_parity(
+                result, loaded, self.program, sizes=1 if once else 2, cache=self.context.cache
+            )
             store_sample(result, artifact)
             sizes = "one input size" if parity.sizes == 1 else f"{parity.sizes} input sizes"
             progress.end(f"{self.backend}, checked at {sizes}")
             progress.stage("Checking", "quality")
             batches = list(islice(data, QUALITY_BATCHES)) if data is not None else []
             quality = measure_quality(
-                self.program, loaded, self.evaluate, batches, progress, self._quality
-            )
+                self.program, loaded, self.evaluate, batches, progress, self._quality,
+                self.context.cache,
+            )  # fmt: skip
         self._quality = quality
         batch_word = "batch" if quality.batches == 1 else "batches"
         metric_word = f", {quality.result.name}" if quality.result else ""

@@ -43,15 +43,21 @@ def signature_of(program: Program) -> Signature:
         for argument in output.args[0]
     ]
     found: list[Any] = []
-    result = describe_tree(
-        plain_containers(program.run(*program.args, **program.kwargs)), found, is_leaf
-    )
+    result = describe_tree(plain_containers(_example_outputs(program, values)), found, is_leaf)
     tensors = [value for value in values if isinstance(value, Tensor)]
     outputs = tuple(
         TensorSpec(f"output_{i}", _dtype(value), _sizes(value, names))
         for i, value in enumerate(tensors)
     )
     return Signature(inputs, outputs, args, kwargs, result)
+
+
+def _example_outputs(program: Program, values: list[Any]) -> Any:
+    """Outputs in the model's own nesting, without values where every one is a tensor."""
+    spec = program.graph_module._out_spec
+    if len(values) == spec.num_leaves and all(isinstance(value, Tensor) for value in values):
+        return pytree.tree_unflatten(values, spec)
+    return program.run(*program.args, **program.kwargs)
 
 
 def plain_containers(value: Any) -> Any:

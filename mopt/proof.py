@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
+from mopt.cache import Cache
 from mopt.errors import LoweringError, MoptError
+from mopt.flops import shape_of
 from mopt.inputs import second_size
 from mopt.lowering import SAMPLE, Artifact, Loaded
 from mopt.measure import Comparison, Side, Subject, compare, measure_one
@@ -24,6 +27,7 @@ from mopt.program import Program
 from mopt.quality import Drift, DriftMeter, Metric, drift, evaluate_metric
 from mopt.registry import find_backend
 from mopt.signature import Signature
+from mopt.verdicts import check_key, recall
 
 # How far a lowered model may be from the program it was lowered from, relative to the largest
 # output: float kernels differ in summation order, integer ones may also flip a rounding.
@@ -49,17 +53,45 @@ class Parity:
         return {**self.drift.as_json(), "sizes_checked": self.sizes}
 
 
-def check_parity(program: Program, loaded: Loaded, captured: Program, *, sizes: int = 2) -> Parity:
+def check_parity(
+    program: Program, loaded: Loaded, captured: Program, *, sizes: int = 2,
+    cache: Cache | None = None,
+) -> Parity:  # fmt: skip
     """Compare the lowered model with its program on the sample inputs, and at a second size.
 
     ``sizes`` 1 leaves the second out. ``captured`` is the program before compression, which tells
-    how much noise that brings.
+    how much noise that brings. What was checked before, down to the files, is not checked again.
     Raises LoweringError when it computes something else.
     """
+
+    def check() -> dict[str, Any]:
+        return _compare(program, loaded, captured, sizes).as_json()
+
+    key = None
+    if cache is not None and loaded.manifest["kind"] == "whole":
+        inputs = [(program.args, program.kwargs)]
+        key = check_key([program, captured], inputs, "parity", sizes=sizes, **_content(loaded))
+    found = recall(cache, key, check)
+    return Parity(Drift.from_json(found), found["sizes_checked"])
+
+
+def _content(loaded: Loaded) -> dict[str, Any]:
+    """What a loaded model's outputs depend on besides its inputs."""
+    files = {name: entry["sha256"] for name, entry in loaded.manifest["files"].items()
+             if name != SAMPLE}  # fmt: skip
+    return {"backend": loaded.manifest["backend"], "files": files}
+
+
+def _compare(program: Program, loaded: Loaded, captured: Program, sizes: int) -> Parity:
     meter, checked = DriftMeter(), 0
     for inputs in islice(_parity_inputs(program), sizes):
         args, kwargs = inputs
-        expected = _tensors(program.run(*args, **kwargs))
+        try:
+            expected = _tensors(program.run(*args, **kwargs))
+        except (RuntimeError, IndexError, ValueError):
+            if not checked:
+                raise
+            break  # the model itself takes no other size, whatever was declared
         try:
             found = _tensors(loaded(*args, **kwargs))
         except MoptError:
@@ -129,6 +161,11 @@ def store_sample(program: Program, artifact: Artifact) -> None:
     """
     if program.parts().keys() != {""}:
         return
+    values = [node.meta.get("val") for node in program.graph.output_node().all_input_nodes]
+    sizes = [math.prod(shape_of(value)) * value.dtype.itemsize for value in values
+             if isinstance(value, torch.Tensor)]  # fmt: skip
+    if sum(sizes) > SAMPLE_BYTES:
+        return
     with artifact.load(apart=True) as loaded:
         outputs = _tensors(loaded(*program.args, **program.kwargs))
     inputs = _tensors((program.args, program.kwargs))
@@ -183,23 +220,33 @@ def measure_quality(
     batches: list[tuple[tuple[Any, ...], dict[str, Any]]],
     progress: Progress,
     known: Quality | None = None,
+    cache: Cache | None = None,
 ) -> Quality:
     """The user's metric for the captured program and its lowered form, and the output drift.
 
-    ``known`` is what was found of another artifact of the same program, whose metric it has.
+    ``known`` is what was found of another artifact of the same program, whose metric it has. Drift
+    that was found before, of the same files, is not computed again; a metric is.
     """
-    meter = DriftMeter()
     some = batches or [(program.args, program.kwargs)]
-    for index, (args, kwargs) in enumerate(some):
-        progress.step(index, len(some), "batches")
-        meter.add(_tensors(program.run(*args, **kwargs)), _tensors(loaded(*args, **kwargs)))
+
+    def check() -> dict[str, Any]:
+        meter = DriftMeter()
+        for index, (args, kwargs) in enumerate(some):
+            progress.step(index, len(some), "batches")
+            meter.add(_tensors(program.run(*args, **kwargs)), _tensors(loaded(*args, **kwargs)))
+        return meter.result().as_json()
+
+    key = None
+    if cache is not None and loaded.manifest["kind"] == "whole":
+        key = check_key([program], some, "quality", **_content(loaded))
+    moved = Drift.from_json(recall(cache, key, check))
     before = after = None
     if evaluate is not None:
         progress.step(0, 2, "evaluations of the metric")
         before = known.baseline if known else evaluate_metric(evaluate, program.run)
         progress.step(1, 2, "evaluations of the metric")
         after = evaluate_metric(evaluate, _as_callable(loaded))
-    return Quality(before, after, meter.result(), len(some))
+    return Quality(before, after, moved, len(some))
 
 
 def _as_callable(loaded: Loaded) -> Callable[..., Any]:

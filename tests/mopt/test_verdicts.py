@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import mopt
 from mopt.cache import Cache
+from mopt.driver import Settings
 from mopt.errors import PassError
+from mopt.lowering import Artifact
 from mopt.pass_base import Numerics, Pass, PassContext, PassResult, register_pass
 from mopt.pipeline import Pipeline, Step
 from mopt.program import Program, iter_calls
@@ -112,3 +116,28 @@ def test_what_is_no_data_is_not_kept(tmp_path: Path) -> None:
     for _ in range(2):
         assert math.isnan(recall(cache, {"check": "x"}, check))
     assert len(seen) == 2
+
+
+def test_a_second_compile_runs_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mopt.driver.Cache", partial(Cache, tmp_path, worth_seconds=0))
+    runs: list[Program] = []
+    plain = Program.run
+    monkeypatch.setattr(
+        Program, "run", lambda self, *a, **k: (runs.append(self), plain(self, *a, **k))[1]
+    )
+
+    def compiled(seed: int) -> tuple[Artifact, int]:
+        torch.manual_seed(0)
+        runs.clear()
+        made = mopt.compile(
+            nn.Sequential(nn.Linear(64, 64), nn.ReLU()), (normal(3, 64),), recipe="int4-weight",
+            backend="eager", calibration=[(normal(3, 64, seed=seed),)],
+            settings=Settings(measure=False),
+        )  # fmt: skip
+        return made, len(runs)
+
+    (first, some), (again, none), (other, few) = (compiled(seed) for seed in (1, 1, 2))
+    assert some > few > none == 0
+    assert first.manifest["files"] == again.manifest["files"] == other.manifest["files"]
+    quality = [one.report.data["quality"] for one in (first, again, other) if one.report]
+    assert quality[0] == quality[1] != quality[2]
