@@ -114,22 +114,30 @@ class Cache:
         bucket: str,
         key: Mapping[str, Any],
         make: Callable[[], tuple[Mapping[str, Tensor], Any]],
+        *,
+        always: bool = False,
     ) -> tuple[dict[str, Tensor], Any]:
         """Tensors by name and remarks (JSON data) as stored, or those of ``make()``, stored.
 
         Stored tensors lie over the mapped file, so that they take no memory: writing to one ends
-        the process.
+        the process. With ``always`` they are kept however fast they were made.
         """
-        stored = self.get(bucket, key)
+        stored = self.find_tensors(bucket, key)
         if stored is not None:
-            tensors = self._read_tensors(bucket, key, stored)
-            if tensors is not None:
-                return tensors, stored["remarks"]
+            return stored
         started = time.monotonic()
         made, remarks = make()
-        if time.monotonic() - started >= self.worth_seconds:
+        if always or time.monotonic() - started >= self.worth_seconds:
             return self._put_tensors(bucket, key, made, remarks), remarks
         return dict(made), remarks
+
+    def find_tensors(
+        self, bucket: str, key: Mapping[str, Any]
+    ) -> tuple[dict[str, Tensor], Any] | None:
+        """What :meth:`remember_tensors` stored under ``key``, or None."""
+        stored = self.get(bucket, key)
+        tensors = None if stored is None else self._read_tensors(bucket, key, stored)
+        return None if stored is None or tensors is None else (tensors, stored["remarks"])
 
     def _put_tensors(
         self, bucket: str, key: Mapping[str, Any], made: Mapping[str, Tensor], remarks: Any

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,11 +15,17 @@ from mopt.formats.base import require_finite, row_pieces
 from mopt.layers import Layer, find_layers
 from mopt.machine import trim_heap
 from mopt.pass_base import Pass, PassContext, PassResult, Skip
-from mopt.passes.quantize._weights import encode_once
+from mopt.passes.quantize._weights import (
+    data_key,
+    encoding_key,
+    find_encoding,
+    keep_encoding,
+)
 from mopt.program import Program
 from mopt.second_order import output_error, solve_in_place
 from mopt.streaming import Stream
 
+_BUCKET = "on-data"
 # Values that are rounded together: columns go one by one, for all rows of a piece at once.
 _ROUNDED_TOGETHER = 1 << 20
 
@@ -139,6 +145,11 @@ def encode_on_data(
     forms, skipped = choose_formats(one, program, kinds, choose)
     if not forms:
         return PassResult(changed=False, stats={"layers": 0}, skipped=skipped)
+    names = {layer.path: form.name for layer, form in forms.items()}
+    route = data_key(one, program, ctx, formats=names)
+    known = _known_result(program, ctx, forms, route)
+    if known is not None:
+        return replace(known, skipped=tuple(skipped))
     stream = Stream(program, ctx.calibration.for_part(program), ctx)
     original = None
     if aim_at_original:
@@ -147,6 +158,7 @@ def encode_on_data(
     weight_error: dict[str, float] = {}
     layer_error: dict[str, float] = {}
     remarks: dict[str, Any] = {}
+    keys: dict[str, Any] = {}
     for group, moments in visit_groups(program, stream, input_groups(list(forms)), original):
         # The drift, and one matrix in float64, which is factored in place.
         more = 0 if original is None else original.held_bytes + 12 * len(moments.second) ** 2
@@ -159,9 +171,11 @@ def encode_on_data(
             ctx.check_time(f"encoding {layer.path}")
             form, weight = forms[layer], program.weight(layer.weight)
             read = [weight, moment] if shift is None else [weight, moment, shift]
-            encoded[layer], said = encode_once(
-                one, ctx, form, read, partial(_by_rows, encode, layer, weight, form, moment, shift)
-            )
+            keys[layer.path] = encoding_key(one, ctx, form, read)
+            encoded[layer], said = keep_encoding(
+                ctx, keys[layer.path],
+                partial(_by_rows, encode, layer, weight, form, moment, shift),
+            )  # fmt: skip
             weight_error[layer.path], layer_error[layer.path] = _errors(
                 form, weight, encoded[layer], moment
             )
@@ -183,7 +197,29 @@ def encode_on_data(
     }
     if remarks:
         stats["remarks"] = remarks
+    if route is not None and ctx.cache is not None:
+        ctx.cache.put(_BUCKET, route, {"keys": list(keys.items()), "stats": stats})
     return PassResult(changed=True, stats=stats, skipped=skipped)
+
+
+def _known_result(
+    program: Program, ctx: PassContext, forms: Mapping[Layer, GridFormat],
+    route: Mapping[str, Any] | None,
+) -> PassResult | None:  # fmt: skip
+    """The result of a run on the same program and data, whose encodings are all still kept."""
+    known = None if route is None or ctx.cache is None else ctx.cache.get(_BUCKET, route)
+    if known is None:
+        return None
+    encoded: dict[Layer, Encoded] = {}
+    paths = {layer.path: layer for layer in forms}
+    for path, key in known["keys"]:
+        found = find_encoding(ctx, key)
+        if found is None or path not in paths:
+            return None
+        encoded[paths[path]] = found[0]
+    for layer, one_encoded in encoded.items():
+        forms[layer].place(program, layer, one_encoded)
+    return PassResult(changed=True, stats=known["stats"])
 
 
 def _by_rows(

@@ -19,7 +19,9 @@ from mopt.layers import Layer, find_layers
 from mopt.machine import trim_heap
 from mopt.pass_base import Pass, PassContext, PassResult, Skip
 from mopt.program import Program
+from mopt.verdicts import check_key
 
+_BUCKET = "encoded"
 _SHAPE, _FORM, _ORDER = "shape of the weight", "format of the weight", "order of the tensors"
 
 
@@ -85,25 +87,82 @@ def encode_once(
     """
     if ctx.cache is None:
         return make()
-    where = {"layers", "skip", "optional"}
-    key = {
+    key = encoding_key(one, ctx, form, read, *more)
+    found, said = ctx.cache.remember_tensors(_BUCKET, key, partial(_as_tensors, make))
+    return _as_encoded(found, said)
+
+
+def encoding_key(
+    one: Pass, ctx: PassContext, form: Format, read: Sequence[Tensor], *more: str
+) -> dict[str, Any]:
+    """What an encoding is kept under: everything it depends on."""
+    return {
         "pass": one.pass_name,
-        "options": {name: value for name, value in one.options().items() if name not in where},
+        "options": options_of(one),
         "format": form.name,
         "read": [tensor_hash(tensor) for tensor in read],
         "more": list(more),
-        "source": source_hash(*_sources()),
+        "source": pass_sources(),
         "libraries": library_versions(),
         "threads": torch.get_num_threads(),
         "seed": ctx.seed,
     }
 
-    def tensors() -> tuple[Mapping[str, Tensor], Any]:
-        encoded, said = make()
-        facts = {_SHAPE: list(encoded.shape), _FORM: encoded.format, _ORDER: list(encoded.tensors)}
-        return encoded.tensors, {**said, **facts}
 
-    found, said = ctx.cache.remember_tensors("encoded", key, tensors)
+def keep_encoding(
+    ctx: PassContext, key: Mapping[str, Any], make: Callable[[], tuple[Encoded, Mapping[str, Any]]]
+) -> tuple[Encoded, Mapping[str, Any]]:
+    """As :func:`encode_once` under a known key, kept however fast it was made."""
+    if ctx.cache is None:
+        return make()
+    return _as_encoded(
+        *ctx.cache.remember_tensors(_BUCKET, key, partial(_as_tensors, make), always=True)
+    )
+
+
+def find_encoding(
+    ctx: PassContext, key: Mapping[str, Any]
+) -> tuple[Encoded, Mapping[str, Any]] | None:
+    """What is kept under ``key``, or None."""
+    found = None if ctx.cache is None else ctx.cache.find_tensors(_BUCKET, key)
+    return None if found is None else _as_encoded(*found)
+
+
+def data_key(one: Pass, program: Program, ctx: PassContext, **more: Any) -> dict[str, Any] | None:
+    """What is kept under this was found by ``one`` on ``program`` and the calibration data.
+
+    None without a cache or where the program holds what has no content to go by.
+    """
+    if ctx.cache is None or ctx.calibration is None:
+        return None
+    batches = list(ctx.calibration.for_part(program))
+    return check_key([program], batches, one.pass_name, options=options_of(one), seed=ctx.seed,
+                     passes=pass_sources(), limit=ctx.max_memory_bytes, **more)  # fmt: skip
+
+
+def options_of(one: Pass) -> dict[str, Any]:
+    """The options of a pass that decide what a layer becomes, not which layers it takes."""
+    where = {"layers", "skip", "optional"}
+    return {name: value for name, value in one.options().items() if name not in where}
+
+
+def pass_sources() -> str:
+    """A hash of the files that decide what a weight becomes."""
+    return source_hash(*_sources())
+
+
+def _as_tensors(
+    make: Callable[[], tuple[Encoded, Mapping[str, Any]]],
+) -> tuple[Mapping[str, Tensor], Any]:
+    encoded, said = make()
+    facts = {_SHAPE: list(encoded.shape), _FORM: encoded.format, _ORDER: list(encoded.tensors)}
+    return encoded.tensors, {**said, **facts}
+
+
+def _as_encoded(
+    found: Mapping[str, Tensor], remarks: Mapping[str, Any]
+) -> tuple[Encoded, Mapping[str, Any]]:
+    said = dict(remarks)
     shape, name, order = (said.pop(fact) for fact in (_SHAPE, _FORM, _ORDER))
     # In the order they were made in: the graph lists them so.
     return Encoded(name, tuple(shape), {part: found[part] for part in order}), said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ from mopt.pass_base import (
     register_pass,
 )
 from mopt.passes.quantize._calibrated import visit_groups
-from mopt.passes.quantize._scales import find_edges_to_scale, scale_edge
+from mopt.passes.quantize._scales import Edge, find_edges_to_scale, scale_edge
+from mopt.passes.quantize._weights import data_key
 from mopt.program import Program
 from mopt.second_order import output_error
 from mopt.streaming import Stream
@@ -72,6 +74,27 @@ class ScaleAwq(Pass):
                 require_finite(program.weight(layer.weight), layer.path, layer.source)
         if not edges:
             return PassResult(changed=False, stats={"edges": 0}, skipped=skipped)
+
+        def search() -> tuple[dict[str, Tensor], dict[str, Any]]:
+            return self._on_data(program, ctx, edges)
+
+        key = data_key(self, program, ctx, edges=[edge.path for edge in edges])
+        if key is None or ctx.cache is None:
+            found, stats = search()
+        else:
+            found, stats = ctx.cache.remember_tensors("factors", key, search)
+        kept = "no scaling lowers the error of its outputs"
+        skipped += [Skip(edge.path, kept) for edge in edges if edge.path not in found]
+        for edge in edges:
+            if edge.path in found:
+                scale_edge(program, edge, found[edge.path])
+        return PassResult(changed=bool(found), stats=stats, skipped=skipped)
+
+    def _on_data(
+        self, program: Program, ctx: PassContext, edges: list[Edge]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The factors of the edges that gain by any, and what the report says."""
+        assert ctx.calibration is not None
         by_inputs = {edge.group.inputs: edge for edge in edges}
         stream = Stream(program, ctx.calibration.for_part(program), ctx)
         found: dict[str, Tensor] = {}
@@ -89,14 +112,9 @@ class ScaleAwq(Pass):
             powers[edge.path], gains[edge.path] = power, gain
             if power > 0:
                 found[edge.path] = factors
-            else:
-                skipped.append(Skip(edge.path, "no scaling lowers the error of its outputs"))
-        for edge in edges:
-            if edge.path in found:
-                scale_edge(program, edge, found[edge.path])
         stats = {"edges": len(found), "power": powers, "error_kept": gains,
                  "peak_activation_bytes": stream.peak_bytes}  # fmt: skip
-        return PassResult(changed=bool(found), stats=stats, skipped=skipped)
+        return found, stats
 
     def _search(
         self, weights: list[Tensor], magnitude: Tensor, moment: Tensor
