@@ -161,7 +161,11 @@ def markdown_summary(found: Sequence[Checked], fail_on: str) -> str:
             table = markdown_table(["layer", "baseline", "now"], body)
             said = f"{model.name}: {plural(len(model.formats), 'layer')} with another format"
             sections.append(("layers", details(said, table)))
-    sections.append(("all rows", details("All rows", lines(everything))))
+        if model.notes:
+            notes = markdown("; ".join(model.notes))
+            sections.append(("notes", f"- **{markdown(model.name)}**: {notes}"))
+    if everything:
+        sections.append(("all rows", details("All rows", lines(everything))))
     if any(model.failed(fail_on) for model in found):
         accept = "If this is meant: `mopt check --update-baseline`, and commit the baseline."
         sections.append(("accept", accept))
@@ -176,6 +180,8 @@ def junit(found: Sequence[Checked], fail_on: str) -> str:
         if model.error:
             cases.append('    <testcase classname="compile" name="compile"><error message='
                          f"{_xml(model.error)}/></testcase>")  # fmt: skip
+        elif not cases:
+            cases = ['    <testcase classname="compile" name="compile"></testcase>']
         skipped = sum(row.verdict in _UNDECIDED for row in model.rows)
         suites.append(
             f"  <testsuite name={_xml(model.name)} tests=\"{len(cases)}\" "

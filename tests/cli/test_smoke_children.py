@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -47,9 +48,14 @@ def test_a_dead_child_is_tried_model_by_model(mopt: Call, children: list[list[st
 
 
 def test_sound_models_pass_with_their_notes(mopt: Call, children: list[list[str]]) -> None:
-    done = mopt("check", "--smoke", "--jobs", "8", "a", "b")
+    files = ("--markdown", "summary.md", "--junit", "junit.xml")
+    done = mopt("check", "--smoke", "--jobs", "8", *files, "a", "b")
     assert done.code == 0 and "a: small" in done.out
     assert children == [["a"], ["b"]]
+    summary = Path("summary.md").read_text()
+    assert "- **a**: small" in summary and "All rows" not in summary
+    suites = ElementTree.parse("junit.xml").getroot()
+    assert [len(suite.findall("testcase")) for suite in suites] == [1, 1]
 
 
 def test_only_a_smoke_check_takes_several_at_a_time(
