@@ -135,13 +135,15 @@ class Attempt:
 
 
 def formats_of(program: Program) -> dict[str, str]:
-    """What was chosen, over all parts: formats by layer, and widths by ``width of`` a layer."""
+    """What was chosen, over all parts: formats by layer; ``width of`` and ``input of`` layers."""
     found: dict[str, str] = {}
     for part in program.parts().values():
         found.update(part.plan.get("formats", {}))
         for width in part.plan.get("choice", {}).get("widths", ()):
             if width["chosen"] != "original":
                 found[f"width of {width['path']}"] = width["chosen"]
+        for path in part.plan.get("choice", {}).get("products", ()):
+            found[f"input of {path}"] = "scaled"
     return found
 
 
@@ -158,7 +160,8 @@ def close_loop(
     """The best attempt of at most three rounds, and the story of all of them.
 
     A round ends the search when it meets the budget, is not slower than uncompressed, has no layer
-    that is, and uses the quality it may lose, or when the same would be chosen again. If every
+    that is, uses the quality it may lose and no more than an estimate that turned out too high made
+    it lose, or when the same would be chosen again. If every
     round was slower, or lost too much where only quality is limited, nothing is compressed. The
     best is the one inside the budget with the least of what is minimized; if there is none, the one
     nearest to it. So a slower layer may stay, where the model is faster with it: between neighbours
@@ -184,11 +187,12 @@ def close_loop(
             "measured": dict(observed.measured),
             "missed": missed,
             "slower": attempt.is_slower,
-            "layers": len(attempt.formats),
+            "layers": sum(" of " not in name for name in attempt.formats),
             "slower_layers": {path: list(ms) for path, ms in attempt.slower_layers.items()},
         })  # fmt: skip
         slower = (attempt.is_slower or bool(attempt.slower_layers)) and not allow_slower
-        if not missed and not slower and not _wastes_quality(attempt, budget):
+        wasted = _wastes_quality(attempt, budget) or _gave_up_quality(attempt)
+        if not missed and not slower and not wasted:
             break
     ranked = sorted(attempts, key=lambda a: _rank(a, budget, baseline, allow_slower))
     best = ranked[0]
@@ -215,6 +219,12 @@ def _wastes_quality(attempt: Attempt, budget: Budget) -> bool:
     kept = attempt.quality.kept()
     lost = 1.0 - (kept if kept is not None else attempt.quality.drift.cosine)
     return lost < _UNUSED * (1.0 - limit.limit(1.0))
+
+
+def _gave_up_quality(attempt: Attempt) -> bool:
+    """Whether the budget was thought to be out of reach, so that loss counted for nothing."""
+    choice = attempt.result.plan.get("choice", {})
+    return choice.get("minimize") == "loss" and bool(choice.get("excess"))
 
 
 def _rank(

@@ -223,6 +223,12 @@ def make_problem(
     return Problem(tuple(groups), limits.minimize, dict(limits.limits), tuple(scaled))
 
 
+def loses_needlessly(problem: Problem, solution: Solution, limits: Limits) -> bool:
+    """Whether a loss is in the way: it is what is minimized, or it limits what is."""
+    lost = solution.totals["loss"] > limits.within
+    return lost and (problem.minimize == "loss" or "loss" in solution.binding)
+
+
 def refuse_measured_slower(
     sites: Sequence[Sites], learned: Corrections, seen: Sequence[Observation]
 ) -> None:

@@ -22,6 +22,7 @@ from mopt.formats.base import families
 from mopt.hashes import tensor_hash
 from mopt.layers import Layer, find_layers
 from mopt.pass_base import PassContext, Progress
+from mopt.passes.choose._padding import padding_mask, real_rows
 from mopt.passes.choose._reruns import Reruns, default_limit
 from mopt.pipeline import flat_tensors
 from mopt.program import Program
@@ -41,7 +42,10 @@ class Place(Protocol):
 # What losses are measured on where nothing else is asked for: rows of outputs (tokens, samples),
 # in as many batches as hold them. One sentence ranks the formats of a layer by its own accidents.
 _ROWS, _MOST_BATCHES = 512, 8
-_SOURCES = (__file__, *(str(Path(__file__).with_name(n)) for n in ("_place.py", "_reruns.py")))
+_SOURCES = (
+    __file__,
+    *(str(Path(__file__).with_name(n)) for n in ("_padding.py", "_place.py", "_reruns.py")),
+)
 
 
 def enough_batches(program: Program, data: Iterable[Call], count: int) -> list[Call]:
@@ -81,6 +85,7 @@ class Losses:
     - ``cosine``: 1 minus the mean cosine of the outputs' rows
     - ``metric``: relative loss of the user's own metric
 
+    Rows at positions that an input ``attention_mask`` marks as padding do not count.
     ``place`` puts formats into a copy of the program. Results go to the context's cache.
     """
 
@@ -155,7 +160,11 @@ class Losses:
             return max(found.loss_against(self._base_metric), 0.0)
         total, meter, rows = 0.0, DriftMeter(), 0
         for index in range(len(self.batches)):
-            expected, outputs = self._reruns.outputs[index], self._run(changed, index, renames)
+            mask = padding_mask(self.program, *self.batches[index])
+            expected, outputs = (
+                real_rows(values, mask)
+                for values in (self._reruns.outputs[index], self._run(changed, index, renames))
+            )
             if self.loss == "cosine":
                 meter.add(expected, outputs)
                 continue
@@ -207,6 +216,7 @@ def estimate(
     flat = program.flat_inputs(*batch)
     with torch.enable_grad():
         outputs = flat_tensors(recorder.run(*flat, enable_io_processing=False))
+        outputs = real_rows(outputs, padding_mask(program, *batch))
         values = [value for _, _, value in recorder.seen.values()]
         gradients = _gradients(outputs, values, loss, seed)
     found = dict(zip(recorder.seen, gradients, strict=True))

@@ -19,6 +19,7 @@ from mopt.passes.choose._limits import (
     Limits,
     allows_loss,
     asks_for_size,
+    loses_needlessly,
     make_problem,
     read_limits,
     refuse_measured_slower,
@@ -41,6 +42,7 @@ from mopt.passes.choose._options import (
     requests,
 )
 from mopt.passes.choose._place import is_fitted, place
+from mopt.passes.choose._products import add_scaled, adopt, scaled_layers, with_products
 from mopt.passes.choose._program import Problem, Solution
 from mopt.passes.choose._sensitivity import Losses, enough_batches, estimate, gives_logits
 from mopt.passes.choose._solver import settle, solve
@@ -108,6 +110,9 @@ class ChooseFormats(Pass):
     widths: bool = option(
         True, help="narrower layers are candidates where 2 percent of quality may be lost"
     )
+    products: bool = option(
+        True, help="multiplications in front of int8 layers are options where a loss is in the way"
+    )
     min_size: int = option(4096, min=0, help="leave layers with fewer weights alone")
 
     def __post_init__(self) -> None:
@@ -141,9 +146,27 @@ class ChooseFormats(Pass):
         widths, crossing = self._widths(program, ctx, budget, sites)
         spent, together = self._fill_losses(program, ctx, sites, widths)
         limits = read_limits(budget, sites, baseline, learned, ctx.observations)
-        problem, solution = self._solve(
-            program, ctx, sites, limits, learned, together, widths.sites(), crossing
-        )
+
+        def solved() -> tuple[Problem, Solution]:
+            return self._solve(
+                program, ctx, sites, limits, learned, together, widths.sites(), crossing
+            )
+
+        problem, solution = solved()
+        products: list[str] = []
+        # Widths are masks over the program as it is, so they go without.
+        if self.products and not widths.found and loses_needlessly(problem, solution, limits):
+            scaled = with_products(
+                program, ctx, sites, lambda one: read_sites(one, self.selects, self.min_size)[0]
+            )
+            if scaled is not None:
+                fill = replace(self, pairs=0)._fill_losses
+                fill(scaled.program, ctx, scaled.sites, Widths.none(scaled.program))
+                add_scaled(sites, scaled, ctx.cost_model, allow_slower=ctx.allow_slower)
+                problem, solution = solved()
+                products = scaled_layers(sites, solution.choice)
+                if products:
+                    adopt(program, scaled, set(products))
         chosen = {
             path: name
             for one, index in zip(sites, solution.choice, strict=False)
@@ -159,6 +182,7 @@ class ChooseFormats(Pass):
         program.plan["choice"] = {
             **explain([*sites, *widths.sites()], left, problem, solution, limits, learned),
             "widths": widths.explain(narrowed),
+            "products": products,
             "budget": budget.texts(),
             "baseline": {"size": baseline.size_bytes, "latency": limits.whole_ms},
             "sensitivity": spent,

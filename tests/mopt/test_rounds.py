@@ -65,6 +65,16 @@ def loop(
     )  # fmt: skip
 
 
+def test_a_budget_thought_out_of_reach_is_solved_again_for_the_loss() -> None:
+    far = Made("a", minimize="loss", excess={"latency": 1.0})
+    built = {"a": Built(far, 40, 0.4, 0.95), "b": Built(Made("b", minimize="loss"), 40, 0.45, 0.99)}
+    best, story = loop(["a", "b"], built, "latency<=0.5x")
+    assert (best.formats, len(story)) == ({"layer": "b"}, 2)
+    # Who asked for the least time has what he asked for.
+    built["a"] = Built(Made("a", minimize="latency", excess={"loss": 1.0}), 40, 0.4, 0.95)
+    assert len(loop(["a"], built, "latency<=0.5x")[1]) == 1
+
+
 def test_the_first_that_meets_the_budget_ends_the_search() -> None:
     built = {"a": Built(Made("a"), 40, 0.5)}
     best, story = loop(["a"], built, "size<=50B")

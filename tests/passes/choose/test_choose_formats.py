@@ -18,11 +18,12 @@ from mopt.budget import Budget
 from mopt.cache import Cache
 from mopt.calibration import Calibration
 from mopt.choice import Baseline, Observation
-from mopt.cost import Cost, LayerRequest
+from mopt.cost import Cost, LayerRequest, Work
 from mopt.errors import PassError, UsageError
 from mopt.pass_base import PassContext
 from mopt.passes.choose._limits import Corrections, Limits, make_problem
-from mopt.passes.choose._sensitivity import enough_batches, gives_logits
+from mopt.passes.choose._place import place
+from mopt.passes.choose._sensitivity import Losses, enough_batches, gives_logits
 from mopt.pipeline import Pipeline
 from mopt.program import ModelSize, Program
 from mopt.registry import make_pass
@@ -48,6 +49,9 @@ class TableModel:
 
     def prepare(self, requests: Sequence[LayerRequest], report: Any = None) -> None:
         pass
+
+    def cost(self, work: Work) -> Cost:
+        return Cost(work.activation_bytes / 8e6)
 
     def layer_cost(
         self, kind: str, shape: Sequence[int], weight_format: str = "fp32", *, rows: int = 1,
@@ -533,3 +537,31 @@ def test_losses_are_those_of_fitted_codes_where_codes_will_be_fitted() -> None:
     fitted = losses.exact({next(iter(done.plan["choice"]["layers"])): "int4-g32"}, fitted=True)
     assert found["fitted"] == pytest.approx(fitted, rel=1e-6)
     assert found["fitted"] < 0.7 * found["nearest"]
+
+
+class _Padded(nn.Module):
+    """A layer that every position goes through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) * attention_mask[..., None].clamp(min=1)
+
+
+def test_padded_positions_do_not_count() -> None:
+    x, mask = tiny.normal(1, 8, 64), torch.ones(1, 8, dtype=torch.long)
+    mask[:, 5:] = 0
+    wild = x.clone()
+    wild[:, 5:] *= 30 * torch.linspace(0, 1, 64)
+    program = tiny.sample(_Padded(), x, mask).capture()
+    ctx = PassContext()
+
+    def loss(value: torch.Tensor, rows: torch.Tensor, kind: str) -> float:
+        return Losses(program, ctx, [((value, rows), {})], kind, place).exact({"layer": "int4-g32"})
+
+    for kind in ("cosine", "kl"):
+        short = loss(x[:, :5], mask[:, :5], kind)
+        assert 0 < short == pytest.approx(loss(wild, mask, kind), rel=1e-6)
+        assert loss(wild, torch.ones_like(mask), kind) != pytest.approx(short, rel=1e-2)
