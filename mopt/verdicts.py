@@ -10,6 +10,7 @@ mopt's own sources, libraries, processor and threads. A check that fails raises,
 
 from __future__ import annotations
 
+import hashlib
 import operator
 import time
 from collections.abc import Callable, Iterable
@@ -24,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from mopt.cache import Cache, library_versions, source_hash
 from mopt.hashes import tensor_hash
+from mopt.json_files import json_bytes
 from mopt.machine import machine_fingerprint
 from mopt.program import Program
 
@@ -49,8 +51,9 @@ def check_key(
     return {
         "check": what,
         "programs": [program.fingerprint() for program in given],
-        "inputs": [_hash(leaf) for leaf in pytree.tree_leaves(list(inputs))],
-        "more": more,
+        # As one hash each: a record's key is read back, and may not grow with the model.
+        "inputs": _digest([_hash(leaf) for leaf in pytree.tree_leaves(list(inputs))]),
+        "more": _digest(more),
         "source": source_hash(*_sources()),
         "libraries": library_versions(),
         "processor": [machine["cpu"], machine["isa"]],
@@ -86,6 +89,10 @@ def _is_known(program: Program) -> bool:
         elif getattr(target, "__module__", "") not in (operator.__name__, "_operator", "torch"):
             return False
     return True
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(json_bytes(data)).hexdigest()
 
 
 def _hash(leaf: Any) -> str:

@@ -89,6 +89,16 @@ def test_other_inputs_and_threads_are_another_check(
     assert found != key()
 
 
+def test_a_key_that_depends_on_much_is_found_again(tmp_path: Path) -> None:
+    program, cache = layers(), Cache(tmp_path, worth_seconds=0)
+    files = {f"kernel-{index}": 64 * "a" for index in range(100)}
+    seen = []
+    for _ in range(2):
+        key = check_key([program], [normal(2, 2, seed=i) for i in range(99)], "x", files=files)
+        assert recall(cache, key, lambda: seen.append(0) or 5) == 5
+    assert len(seen) == 1
+
+
 def test_a_pass_that_breaks_its_promise_is_found_out_every_time(
     tmp_path: Path, runs: list[Program]
 ) -> None:
