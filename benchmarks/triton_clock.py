@@ -45,8 +45,8 @@ from mopt.backends.triton.kernel import Kernel, Problem  # noqa: E402
 from mopt.backends.triton.launch import Runner, Tile  # noqa: E402
 from mopt.backends.triton.tiles import Chip, ranked  # noqa: E402
 
-# Tiles that are measured for each problem, the first by estimate.
-CANDIDATES = 5
+# Tiles that are measured for each problem, the first by estimate that run, and that are tried.
+CANDIDATES, ATTEMPTS = 5, 12
 
 
 class Bench:
@@ -104,8 +104,8 @@ class Bench:
         return float(taken)
 
     def fitting(self, kernel: Kernel, facts: Problem) -> list[Tile]:
-        """The first tiles by estimate."""
-        return ranked(facts, kernel, self.chip)[:CANDIDATES]
+        """The first tiles by estimate; some may take more of the chip than it has."""
+        return ranked(facts, kernel, self.chip)[:ATTEMPTS]
 
     def seconds(self, calls: Sequence[Callable[[], Any]], graph: bool = True) -> float:
         """The median time of one call; ``calls`` do the same on different memory, in turn."""
@@ -139,16 +139,22 @@ class Bench:
         self, kernel: Kernel, facts: Problem, calls: Callable[[Tile], Sequence[Callable[[], Any]]]
     ) -> tuple[float, str]:
         """The best time over the first tiles by estimate, and that tile."""
-        best, name = float("inf"), "none"
+        best, name, measured = float("inf"), "none", 0
+        failure: Exception | None = None
         for config in self.fitting(kernel, facts):
             try:
                 taken = self.seconds(calls(config))
             except Exception as error:  # a tile that does not fit is only not the best
-                if "out of resource" not in str(error) and "OutOfResources" not in repr(error):
-                    raise
+                print(f"tile {config}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+                failure = error
                 continue
             if taken < best:
                 best, name = taken, str(config)
+            measured += 1
+            if measured == CANDIDATES:
+                break
+        if failure is not None and name == "none":
+            raise failure
         return best, name
 
     def row(self, name: str, seconds: float, *, bytes: float = 0.0, flops: float = 0.0,

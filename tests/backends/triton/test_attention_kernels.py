@@ -124,16 +124,22 @@ def test_ranks_filled_up_with_zeros_change_nothing() -> None:
     assert torch.equal(found, wide)
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("causal", "padded"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("tokens", [1, 37])
-def test_absorbed_attention_is_that_of_dense_keys(tokens: int, causal: bool) -> None:
-    pairs = [(torch.randn(2, 3, tokens, r), torch.randn(3, r, 16)) for r in (6, 5, 20)]
-    bias = torch.randn(3, 16)
+@pytest.mark.parametrize("shared", [False, True])
+def test_absorbed_attention_is_that_of_dense_keys(
+    tokens: int, causal: bool, padded: bool, shared: bool
+) -> None:
+    pairs = [
+        (torch.randn(2, 1 if shared else 3, tokens, r).expand(2, 3, -1, -1), torch.randn(3, r, 16))
+        for r in (6, 5, 20)
+    ]
+    bias, v_bias = torch.randn(3, 16), torch.randn(3, 16)
+    mask = (torch.rand(2, 1, 1, tokens) > 0.5).index_fill(3, torch.tensor(0), True)
+    options = {"bias": bias, "v_bias": v_bias, "causal": causal, "mask": mask if padded else None}
     config = tile(4, 2, BM=16, BN=16)
-    found = flash_svd_attention.call(
-        run_interpreted, *pairs, bias=bias, causal=causal, config=config
-    )
-    wanted = flash_svd_attention.reference(*pairs, bias=bias, causal=causal)
+    found = flash_svd_attention.call(run_interpreted, *pairs, config=config, **options)
+    wanted = flash_svd_attention.reference(*pairs, **options)
     limit = 1e-5 * float(wanted.abs().max())
     torch.testing.assert_close(found, wanted, rtol=0, atol=limit)
 

@@ -19,6 +19,7 @@ from mopt.backends.triton.rewrite import Left, all_lowerings, find_sites, kernel
 from mopt.backends.triton.runtime import FallbackTiles
 from mopt.calibration import Calibration
 from mopt.device import find_device
+from mopt.models._bert import Encoder
 from mopt.models._blocks import Decoder, SwiGLU
 from mopt.pass_base import PassContext
 from mopt.passes.factorize.factorize_linears import FactorizeLinears
@@ -54,6 +55,7 @@ def agree(program: Program, *inputs: torch.Tensor, limit: float) -> Counter[str]
     with torch.no_grad():
         found, wanted = module(*inputs), program.run(*inputs)
     found = found[0] if isinstance(found, tuple | list) else found
+    wanted = wanted[0] if isinstance(wanted, tuple | list) else wanted
     assert found.dtype == wanted.dtype and found.shape == wanted.shape
     gap = float((found.double() - wanted.double()).abs().max())
     assert gap <= limit * float(wanted.abs().max())
@@ -93,6 +95,55 @@ def test_low_rank_pairs_and_the_feed_forward_block_between_them() -> None:
     # q, k, v, out; gate, up and down are one kernel between their outer factors.
     assert found["linear-low-rank"] == 4 and found["flash-svd-ffn"] == 1
     assert "swiglu" not in found
+
+
+def test_an_encoder_in_factors_never_widens_its_keys() -> None:
+    torch.manual_seed(0)
+    thin = FactorizeLinears(
+        method="plain", ranks="uniform", ratio=0.5, allow_slower=True, min_size=0
+    )
+    real = torch.ones(2, 7, dtype=torch.int64)
+    real[1, 4:] = 0
+    ids = torch.randint(40, (2, 7))
+    model = Encoder(layers=1, width=64, heads=2).eval()
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.endswith("bias"):
+                value.normal_()
+    program = mopt.Pipeline([thin]).run(mopt.capture(model, (ids, real)))
+    found = agree(program, ids, real, limit=5e-6)
+    assert found["flash-svd-attention"] == 1 and found["flash-svd-ffn"] == 1
+    assert found["linear-low-rank"] == 1 and not found["flash-attention"]
+    for site in find_sites(program.copy().graph_module)[0]:
+        assert check(site, site.make(0), FallbackTiles({})) < 1e-4
+
+
+class Factored(nn.Module):
+    """Causal attention between low-rank q, k and v."""
+
+    def __init__(self, rank: int, again: bool = False) -> None:
+        super().__init__()
+        self.pairs = nn.ModuleList(
+            nn.Sequential(nn.Linear(48, rank, bias=False), nn.Linear(rank, 48)) for _ in range(3)
+        )
+        self.again = again
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (pair(x).unflatten(-1, (3, 16)).transpose(1, 2) for pair in self.pairs)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return y + k if self.again else y
+
+
+@pytest.mark.parametrize(
+    ("rank", "again", "count"), [(20, False, 1), (20, True, 0), (48, False, 0)]
+)
+def test_attention_between_factors_is_absorbed_where_they_are_thin_and_read_once(
+    rank: int, again: bool, count: int
+) -> None:
+    x = torch.randn(2, 40, 48)
+    program = mopt.capture(Factored(rank, again).eval(), (x,))
+    found = agree(program, x, limit=5e-6)
+    assert found["flash-svd-attention"] == count and found["flash-attention"] == 1 - count
 
 
 class Attend(nn.Module):
