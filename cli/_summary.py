@@ -63,8 +63,21 @@ def _latency_rows(report: Mapping[str, Any]) -> list[list[str]]:
     if eager:
         rows.append(["  beside PyTorch eager", milliseconds(eager),
                      milliseconds(after["measured"]),
-                     change(eager, after["measured"], "faster", "slower"), "measured"])  # fmt: skip
+                     change(eager, after["measured"], "faster", "slower"),
+                     _eager_spread(speed, after["measured"])])  # fmt: skip
     return rows
+
+
+def _eager_spread(speed: Mapping[str, Any], milliseconds_now: float) -> str:
+    """How far the processes that ran PyTorch agree; nothing of it in old reports."""
+    given = speed.get("eager_samples_ms")
+    found = [number(value) for value in given] if isinstance(given, list) else []
+    ratios = sorted(value / milliseconds_now for value in found if value)
+    if len(ratios) < 2:
+        return "measured"
+    if ratios[0] < 1:
+        ratios = sorted(1 / ratio for ratio in ratios) if ratios[-1] < 1 else ratios
+    return f"measured ({three_digits(ratios[0])}x to {three_digits(ratios[-1])}x)"
 
 
 def _how_estimated(report: Mapping[str, Any]) -> str:

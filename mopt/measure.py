@@ -32,6 +32,7 @@ _LOCK_NAME = "\0mopt-measuring"
 _LOCK_WAIT_SECONDS = 120.0
 # Seconds a process is taken to need before its first call, until one was seen.
 _USUAL_OVERHEAD = 0.5
+_DISTURBED_FROM = 2.0
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,15 @@ class Side:
             "samples": len(self.samples),
             "calls": self.calls,
         }
+
+    def undisturbed(self) -> Side:
+        """Without samples that took more than twice as long as the fastest.
+
+        What else a machine does, up to a halt of minutes, only ever makes a sample slower.
+        """
+        fastest = min(sample.median_ms for sample in self.samples)
+        kept = tuple(s for s in self.samples if s.median_ms <= _DISTURBED_FROM * fastest)
+        return Side(self.label, kept)
 
 
 @dataclass(frozen=True)

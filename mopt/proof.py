@@ -20,7 +20,7 @@ from mopt.errors import LoweringError, MoptError
 from mopt.flops import shape_of
 from mopt.inputs import second_size
 from mopt.lowering import SAMPLE, Artifact, Loaded
-from mopt.measure import Comparison, Side, Subject, compare, measure_one
+from mopt.measure import Comparison, Sample, Side, Subject, compare, measure_one
 from mopt.npz_files import write_npz
 from mopt.pass_base import Progress
 from mopt.program import Program
@@ -273,13 +273,18 @@ def measure_speed(
 ) -> Timing:
     """Alternated fresh processes on the example inputs (see ``mopt.measure``).
 
-    ``eager`` is timed beside them; as a ``Side`` it was already.
+    ``eager`` is timed before and after them, where it was not halted; as a ``Side`` it was already.
     """
     with tempfile.TemporaryDirectory(prefix="mopt-measure-") as scratch:
         inputs = Path(scratch) / "inputs.npz"
         write_example_inputs(artifact, inputs)
         reference = subject(baseline, inputs, threads, "uncompressed")
         candidate = subject(artifact, inputs, threads, "compressed")
+        beside = eager if isinstance(eager, Side) else None
+        before: tuple[Sample, ...] = ()
+        if isinstance(eager, Artifact):
+            plain = subject(eager, inputs, threads, "PyTorch eager")
+            before = measure_one(plain, samples=1).samples
         comparison = compare(
             reference,
             candidate,
@@ -288,9 +293,9 @@ def measure_speed(
             seed=seed,
             progress=lambda done, total: progress.step(done, total, "alternated pairs"),
         )
-        beside = eager if isinstance(eager, Side) else None
         if isinstance(eager, Artifact):
-            beside = measure_one(subject(eager, inputs, threads, "PyTorch eager"), samples=2)
+            after = measure_one(plain, samples=2).samples
+            beside = Side(plain.label, before + after).undisturbed()
     return Timing(comparison, beside)
 
 

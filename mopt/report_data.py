@@ -94,6 +94,7 @@ def _speed(timing: Timing | None) -> dict[str, Any] | None:
         "is_different": found.is_different,
         "overlapped": found.overlapped,
         "eager_ms": timing.eager.median_ms if timing.eager else None,
+        "eager_samples_ms": [s.median_ms for s in timing.eager.samples] if timing.eager else [],
         "method": "alternated pairs of fresh processes; medians; exact sign-test interval",
     }
 

@@ -45,6 +45,14 @@ def test_every_number_has_a_unit_and_says_how_it_was_found() -> None:
     assert all(row[-1].startswith(("measured", "estimated")) for row in rows)
 
 
+def test_pytorch_beside_comes_with_its_spread() -> None:
+    faster = speed(eager_samples_ms=[6.15, 6.0, 6.3])
+    assert result_rows(report(speed=faster))[2][-1] == "measured (2.93x to 3.07x)"
+    slower = speed(eager_ms=1.0, eager_samples_ms=[1.0, 1.025])
+    row = result_rows(report(speed=slower))[2]
+    assert row[-2:] == ["2.05x slower", "measured (2.00x to 2.05x)"]
+
+
 def test_estimates_stand_beside_with_their_error() -> None:
     data = report()
     data["baseline"]["latency_ms"]["estimated"] = 4.40

@@ -16,7 +16,7 @@ import mopt.measure as measure
 from mopt.bench_loop import SECONDS_VARIABLE
 from mopt.errors import ArtifactError, UsageError
 from mopt.machine import machine_differences, machine_fingerprint
-from mopt.measure import Subject, compare, measure_one
+from mopt.measure import Sample, Side, Subject, compare, measure_one
 
 LINE = {"median_ms": 2.0, "calls": 40, "load_ms": 5.0, "peak_bytes": 100, "steady_bytes": 60}
 
@@ -111,6 +111,14 @@ def test_measure_one_takes_the_median() -> None:
     no_steady = {key: value for key, value in LINE.items() if key != "steady_bytes"}
     command = ["/bin/sh", "-c", f"echo '{json.dumps(no_steady)}'"]
     assert measure_one(Subject(command, "b"), samples=1).steady_bytes is None
+
+
+def test_a_halt_of_the_machine_does_not_count() -> None:
+    def sample(milliseconds: float) -> Sample:
+        return Sample(milliseconds, calls=5, load_ms=1.0, peak_bytes=0)
+
+    side = Side("a", tuple(map(sample, (2.4, 561.0, 2.0)))).undisturbed()
+    assert [one.median_ms for one in side.samples] == [2.4, 2.0]
 
 
 @pytest.mark.parametrize("wrong", [{"tolerance": -1}, {"max_pairs": 0}, {"models": 0}])
