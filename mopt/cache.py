@@ -40,6 +40,8 @@ WORTH_SECONDS = 0.2
 # Smaller ones take no memory to speak of, and are given back as they were made.
 _MAPPED_FROM_BYTES = 1 << 20
 _LOCK_SECONDS = 600.0
+# Readers of JSON take strings of 4096 characters.
+_KEY_TEXT = 4000
 _LIBRARIES = ("torch", "numpy", "onnx", "onnxruntime")
 _log = logging.getLogger(__name__)
 
@@ -77,7 +79,7 @@ class Cache:
         """Keep ``value`` (JSON data, not None) under ``key``."""
         assert value is not None
         path = self._path(bucket, key)
-        record = {"key": _text(key), "sha256": _digest(_text(value)), "value": value}
+        record = {"key": _shown(key), "sha256": _digest(_text(value)), "value": value}
         try:
             self._make(path.parent)
             write_file_atomic(path, json_bytes(record, indent=None))
@@ -179,7 +181,7 @@ class Cache:
             return None
         try:
             record = read_json(path)
-            if record["key"] == _text(key) and record["sha256"] == _digest(_text(record["value"])):
+            if record["key"] == _shown(key) and record["sha256"] == _digest(_text(record["value"])):
                 return record["value"]
         except (MoptError, OSError, KeyError, TypeError, ValueError):
             pass  # whatever is wrong with it, it is not a record of ours
@@ -235,6 +237,12 @@ def source_hash(*files: str) -> str:
 
 def _text(value: Any) -> str:
     return json_bytes(value, indent=None).decode()
+
+
+def _shown(key: Mapping[str, Any]) -> str:
+    """The key as a record has it: its text, the hash of one that is too long to be read back."""
+    text = _text(key)
+    return text if len(text) <= _KEY_TEXT else _digest(text)
 
 
 def _digest(text: str) -> str:

@@ -65,6 +65,15 @@ def test_a_damaged_record_is_a_miss_and_is_dropped(tmp_path: Path, damage) -> No
     assert cache.get("loss", KEY) == 0.5
 
 
+def test_long_keys_are_found_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = Cache(tmp_path)
+    keys = [{"formats": {f"layer.{i}": "int4-g128" for i in range(n)}} for n in (500, 501)]
+    for index, key in enumerate(keys):
+        cache.put("found", key, {"index": index})
+    assert [cache.get("found", key) for key in keys] == [{"index": 0}, {"index": 1}]
+    assert not caplog.records
+
+
 def test_a_collision_of_hashes_is_a_miss(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
     cache.put("loss", KEY, 0.25)
