@@ -187,7 +187,7 @@ def run(name: str, options: argparse.Namespace, seconds: float) -> dict[str, Any
         ]  # fmt: skip
         try:
             done = subprocess.run(
-                command, capture_output=True, text=True, timeout=seconds + 900, cwd=scratch,
+                command, capture_output=True, text=True, timeout=seconds + 7200, cwd=scratch,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": f"{scratch}/cache"},
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:

@@ -2,7 +2,6 @@
 
     python benchmarks/reliability.py                         # everything, one line each
     python benchmarks/reliability.py --only kills --kills 20 --seed 3
-    python benchmarks/reliability.py --only large --folder /tmp/llama   # 1.3 billion parameters
 
 Every part runs the command line in processes of its own, in a folder of its own, and prints one
 line of JSON. Exit code 1 if something is not as docs/reliability.md says.
@@ -157,8 +156,7 @@ def kills(options: argparse.Namespace, place: Callable[[str], Place]) -> dict[st
         good = good and not same_report(whole.folder / "out", here.folder / "out")
         results.append({
             "after_s": round(after, 2), "good": good, "left": sorted(set(here.left_over()) - usual),
-            "kept": entries,
-            "was_done": was_done, "again_s": round(again, 2),
+            "kept": entries, "was_done": was_done, "again_s": round(again, 2),
         })  # fmt: skip
         print(json.dumps(results[-1]), file=sys.stderr, flush=True)
         shutil.rmtree(here.folder)
@@ -342,9 +340,35 @@ def _anonymous(pid: int) -> int:
     return 0
 
 
+def report(options: argparse.Namespace, place: Callable[[str], Place]) -> dict[str, Any]:
+    """The page of 200 layers with 20 candidates each: its size, and what a browser takes for it."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from mopt.cli.report import render
+    from tests.browser import Browser, find_browser
+    from tests.cli import report_fixture as made
+
+    rows = [made.layer(f"blocks.{i}.mlp", i, option="int8", why="cheapest",
+                       candidates=made.candidates(20)) for i in range(200)]  # fmt: skip
+    data = made.report(rows, training=made.training())
+    page = place("report").folder / "report.html"
+    page.write_text(render(made.write_artifact(page.parent / "a", data, made.plan()), "html"))
+    path = find_browser()
+    size, opened, errors = page.stat().st_size, [], [] if path else ["no Chromium"]
+    if path:
+        with Browser(path) as browser:
+            for _ in range(5):
+                browser.open(page)
+                timing = browser.run("performance.getEntriesByType('navigation')[0].toJSON()")
+                opened.append(round(timing["loadEventEnd"] / 1e3, 3))
+            errors = browser.errors
+    return {"good": size < 1.5e6 and not errors and max(opened) < 1,
+            "bytes": size, "opened_s": opened, "errors": errors}  # fmt: skip
+
+
 PARTS = {
     "determinism": determinism, "kills": kills, "processes": processes,
     "damaged-cache": damaged_cache, "full-disk": full_disk, "read-only": read_only, "large": large,
+    "report": report,
 }  # fmt: skip
 
 
