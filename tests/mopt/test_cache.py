@@ -67,10 +67,12 @@ def test_a_damaged_record_is_a_miss_and_is_dropped(tmp_path: Path, damage) -> No
 
 def test_long_keys_are_found_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = Cache(tmp_path)
-    keys = [{"formats": {f"layer.{i}": "int4-g128" for i in range(n)}} for n in (500, 501)]
+    keys = [
+        {"formats": {f"layer.{i}": "int4-g128" for i in range(n)}} for n in (20, 60, 100, 130, 500)
+    ]
     for index, key in enumerate(keys):
         cache.put("found", key, {"index": index})
-    assert [cache.get("found", key) for key in keys] == [{"index": 0}, {"index": 1}]
+    assert [cache.get("found", key) for key in keys] == [{"index": i} for i in range(5)]
     assert not caplog.records
 
 
