@@ -8,7 +8,6 @@ depend on the data. Times of that run are not looked at.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from mopt.cost_models.executed_run import GRAPH, run_once
+from mopt.disk import scratch
 
 Shape = tuple[int, ...]
 # Bytes of one value, by the type names of the runtime's profiler.
@@ -96,7 +96,7 @@ def executed_model(
     """
     import onnx
 
-    with tempfile.TemporaryDirectory(prefix="mopt-graph-") as folder:
+    with scratch("mopt-graph") as folder:
         run = run_once(Path(model), Path(folder), inputs, sizes or {})
         graph = onnx.load(str(Path(folder) / GRAPH), load_external_data=False).graph
     return ExecutedModel(

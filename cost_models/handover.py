@@ -9,7 +9,6 @@ operators one by one.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -25,6 +24,7 @@ from mopt.cost_models.probe import Probe, ProbeRun, plan_copies
 from mopt.cost_models.probe_models import build_probe
 from mopt.cost_models.roofline import Roofline
 from mopt.device_calibration import Handover, handed_over
+from mopt.disk import scratch
 
 # Sizes of the pieces, each in every number format it has, and how often a block is repeated.
 _ATTENTION = (
@@ -106,7 +106,7 @@ def found_handover(pieces: Sequence[Piece], run: ProbeRun, roofline: Roofline) -
 
 def _works(probe: Probe) -> tuple[Work, ...]:
     built, inputs, _ = build_probe(probe.family, probe.dims, probe.copies)
-    with tempfile.TemporaryDirectory(prefix="mopt-piece-") as folder:
+    with scratch("mopt-piece") as folder:
         path = Path(folder) / "piece.onnx"
         path.write_bytes(built)
         return tuple(node_work(node) for node in executed_model(path, inputs).nodes)

@@ -13,7 +13,6 @@ import os
 import random
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from mopt.cost_models.family import Family
 from mopt.cost_models.probe_child import LEAST_QUIET
 from mopt.cost_models.roofline import Roofline
 from mopt.device_calibration import CallOverhead
+from mopt.disk import scratch
 from mopt.json_files import parse_json
 
 Dims = tuple[int, ...]
@@ -221,7 +221,7 @@ class _Session:
                 for i, p in ((i, self._probes[i]) for i in todo)
             ],
         }
-        with tempfile.TemporaryDirectory(prefix="mopt-probe-") as folder:
+        with scratch("mopt-probe") as folder:
             path = Path(folder) / "job.json"
             path.write_text(json.dumps(job))
             command = [sys.executable, "-P", "-m", "mopt.cost_models.probe_child", str(path)]

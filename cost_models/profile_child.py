@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import onnxruntime as ort
 
 from mopt.bench_loop import die_with_parent
 from mopt.cost_models.runtime import session_options
+from mopt.disk import scratch
 from mopt.json_files import read_json
 from mopt.npz_files import read_npz
 
@@ -33,7 +33,7 @@ def main(job_path: str) -> int:
     """Run the model of a job for a while; print its operators in order, each with its ms."""
     die_with_parent()
     job = read_json(job_path)
-    with tempfile.TemporaryDirectory(prefix="mopt-profile-") as folder:
+    with scratch("mopt-profile") as folder:
         options = session_options(job["threads"])
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "profile")

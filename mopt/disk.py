@@ -324,6 +324,16 @@ def scratch_folder(name: str) -> tuple[Path, Callable[[], None]]:
     return Path(path), remove
 
 
+@contextmanager
+def scratch(name: str) -> Iterator[Path]:
+    """A folder as :func:`scratch_folder` makes it, removed at the end of the block."""
+    folder, remove = scratch_folder(name)
+    try:
+        yield folder
+    finally:
+        remove()
+
+
 def remove_any(path: str) -> None:
     """Remove a file, link or folder if it is there; what cannot be removed is left behind."""
     try:

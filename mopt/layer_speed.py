@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from mopt.children import run_child
 from mopt.cost import ModelCost
+from mopt.disk import scratch
 from mopt.errors import MoptError
 from mopt.json_files import parse_json
 from mopt.npz_files import write_npz
@@ -51,7 +51,7 @@ def slower_layers(
 def _layer_times(
     model: Path, cost: ModelCost, inputs: Mapping[str, object], threads: int | None
 ) -> dict[str, float]:
-    with tempfile.TemporaryDirectory(prefix="mopt-profile-") as folder:
+    with scratch("mopt-profile") as folder:
         arrays, job = Path(folder) / "inputs.npz", Path(folder) / "job.json"
         write_npz(arrays, dict(inputs))  # type: ignore[arg-type]
         job.write_text(json.dumps({

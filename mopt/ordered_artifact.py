@@ -6,10 +6,9 @@ in fresh processes, and the planned one is kept only where it helps.
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
+from mopt.disk import scratch
 from mopt.lowering import Artifact, lower
 from mopt.measure import measure_one
 from mopt.program import Program
@@ -47,8 +46,8 @@ def lower_in_better_order(
     if [n.name for n in program.graph.nodes] == [n.name for n in planned.graph.nodes]:
         return OrderTried(plain, False, None, None)
     ordered = lower(planned, backend)
-    with tempfile.TemporaryDirectory(prefix="mopt-order-") as scratch:
-        inputs = Path(scratch) / "inputs.npz"
+    with scratch("mopt-order") as folder:
+        inputs = folder / "inputs.npz"
         write_example_inputs(plain, inputs)
         written, moved = (
             [s.peak_bytes for s in measure_one(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from mopt.cache import Cache
+from mopt.disk import scratch
 from mopt.errors import LoweringError, MoptError
 from mopt.flops import shape_of
 from mopt.inputs import second_size
@@ -275,8 +275,8 @@ def measure_speed(
 
     ``eager`` is timed before and after them, where it was not halted; as a ``Side`` it was already.
     """
-    with tempfile.TemporaryDirectory(prefix="mopt-measure-") as scratch:
-        inputs = Path(scratch) / "inputs.npz"
+    with scratch("mopt-measure") as folder:
+        inputs = folder / "inputs.npz"
         write_example_inputs(artifact, inputs)
         reference = subject(baseline, inputs, threads, "uncompressed")
         candidate = subject(artifact, inputs, threads, "compressed")

@@ -10,7 +10,7 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 
 import mopt.errors
 from mopt.bench_loop import die_with_parent
+from mopt.disk import scratch_folder
 from mopt.errors import ArtifactError, MoptError, UsageError
 from mopt.npz_files import read_npz, write_npz
 
@@ -34,10 +35,11 @@ class ApartRunner:
     """
 
     def __init__(self, model: Path, threads: int | None) -> None:
-        self._scratch = tempfile.TemporaryDirectory(prefix="mopt-apart-")
+        self._scratch, remove = scratch_folder("mopt-apart")
+        self._remove = weakref.finalize(self, remove)
         command = [
             sys.executable, "-P", "-m", "mopt.backends.onnx.apart", str(model.resolve()),
-            "--threads", str(threads or 0), "--scratch", self._scratch.name,
+            "--threads", str(threads or 0), "--scratch", str(self._scratch),
         ]  # fmt: skip
         self._process: subprocess.Popen[str] | None = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -52,7 +54,7 @@ class ApartRunner:
         """Outputs for inputs; the errors of ``OnnxRunner.run``."""
         if self._process is None:
             raise UsageError("the model was closed", code="runner-closed", hint="load it again")
-        folder = Path(self._scratch.name)
+        folder = self._scratch
         _keep(folder / _GIVEN, inputs)
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
@@ -68,7 +70,7 @@ class ApartRunner:
                 process.communicate(timeout=_GRACE_SECONDS)
             process.kill()
             process.wait()
-            self._scratch.cleanup()
+            self._remove()
 
     def _answer(self) -> None:
         """Wait for the process; raise what it says went wrong."""
