@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cache as once
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,7 @@ def _hash(leaf: Any) -> str:
 @once
 def _sources() -> tuple[str, ...]:
     """mopt's own files: operators, what runs them, and the checks."""
-    import mopt
-    import mopt.backends
-
-    found = {path for root in (*mopt.__path__, *mopt.backends.__path__)
-             for path in Path(root).rglob("*.py")}  # fmt: skip
+    specs = (find_spec("mopt"), find_spec("mopt.backends"))
+    roots = [root for spec in specs if spec for root in spec.submodule_search_locations or ()]
+    found = {path for root in roots for path in Path(root).rglob("*.py")}
     return tuple(sorted(str(path) for path in found))
