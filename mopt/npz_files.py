@@ -167,7 +167,11 @@ def _read_array(stream: IO[bytes], member: str, file: OpenFile, budget: int) -> 
     header = _HEADER.fullmatch(stream.read(length))
     if header is None:
         raise refuse("is not a plain array of numbers")
-    dtype = np.dtype(header[1].decode())
+    kind = header[1].decode()
+    try:
+        dtype = np.dtype(kind)
+    except TypeError as e:
+        raise refuse(f"has values of type {quote(kind)}") from e
     shape = tuple(int(n) for n in header[3].replace(b" ", b"").split(b",") if n)
     if len(shape) > 32:
         raise refuse(f"has {len(shape)} dimensions")

@@ -23,6 +23,8 @@ _KNOWN = {
     "csv": [b"", b"id,lower,upper,size\n" + b"a,0,1,1\n" * 2, b"id\n"],
     "layout": [b"{}", b'{"schema": 1, "arena_bytes": 0, "beside_bytes": 0, "steps": [], "buffers": '
                b'[], "values": {"x": []}, "inputs": ["x"], "dynamic": false}'],
+    "npy": [b"", b"\x93NUMPY\1\0\x3c\0"
+            b"{'descr': '<b4', 'fortran_order': False, 'shape': (1,), }  \n"],
     "npz": [b"", b"PK\x05\x06" + b"\xff" * 18],
     "report": [b"{}", b"[]", b'{"schema": 1e400}', b"[" * 100_000],
     "onnx": [b"", b"\x0a\xff\xff\xff\xff\x0f"],
