@@ -285,7 +285,7 @@ class _Maker:
             parity = check_parity(
                 result, loaded, self.program, sizes=1 if once else 2, cache=self.context.cache
             )
-            store_sample(result, artifact)
+            store_sample(result, artifact, loaded)
             sizes = "one input size" if parity.sizes == 1 else f"{parity.sizes} input sizes"
             progress.end(f"{self.backend}, checked at {sizes}")
             progress.stage("Checking", "quality")

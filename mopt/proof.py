@@ -154,8 +154,8 @@ def _check_close(
             )
 
 
-def store_sample(program: Program, artifact: Artifact) -> None:
-    """Keep the example inputs and the lowered model's outputs, for ``mopt verify``.
+def store_sample(program: Program, artifact: Artifact, loaded: Loaded) -> None:
+    """Keep the example inputs and what ``loaded`` makes of them, for ``mopt verify``.
 
     Left out for models in parts and where they would take more than 8 MB.
     """
@@ -166,8 +166,7 @@ def store_sample(program: Program, artifact: Artifact) -> None:
              if isinstance(value, torch.Tensor)]  # fmt: skip
     if sum(sizes) > SAMPLE_BYTES:
         return
-    with artifact.load(apart=True) as loaded:
-        outputs = _tensors(loaded(*program.args, **program.kwargs))
+    outputs = _tensors(loaded(*program.args, **program.kwargs))
     inputs = _tensors((program.args, program.kwargs))
     arrays = {f"input_{i}": _numpy(t) for i, t in enumerate(inputs)}
     arrays |= {f"output_{i}": _numpy(t) for i, t in enumerate(outputs)}
