@@ -29,7 +29,8 @@ _HEADER = re.compile(
     rb"\{'descr': '([<>|=][biuf][1248])', 'fortran_order': (True|False), "
     rb"'shape': \(((?:\d{1,19}, ?)*\d{0,19})\), \} *\n"
 )
-# What zipfile lets out for damaged archives: found by mutating files, see the test.
+# What zipfile lets out for damaged archives: found by mutating files, see the test. It raises
+# NotImplementedError for a compression or version it does not know.
 _ZIP_ERRORS = (
     zipfile.BadZipFile,
     zlib.error,
