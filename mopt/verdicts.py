@@ -53,7 +53,7 @@ def check_key(
         "check": what,
         "programs": [program.fingerprint() for program in given],
         # As one hash each: a record's key is read back, and may not grow with the model.
-        "inputs": _digest([_hash(leaf) for leaf in pytree.tree_leaves(list(inputs))]),
+        "inputs": _digest([_hash(leaf) for one in inputs for leaf in pytree.tree_leaves(one)]),
         "more": _digest(more),
         "source": source_hash(*_sources()),
         "libraries": library_versions(),

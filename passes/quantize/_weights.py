@@ -135,7 +135,7 @@ def data_key(one: Pass, program: Program, ctx: PassContext, **more: Any) -> dict
     """
     if ctx.cache is None or ctx.calibration is None:
         return None
-    batches = list(ctx.calibration.for_part(program))
+    batches = ctx.calibration.for_part(program)
     return check_key([program], batches, one.pass_name, options=options_of(one), seed=ctx.seed,
                      passes=pass_sources(), limit=ctx.max_memory_bytes, **more)  # fmt: skip
 
